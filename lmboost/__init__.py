@@ -1,0 +1,1 @@
+"""lmboost: pretraining in which language models help each other to be trained."""

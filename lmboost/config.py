@@ -1,0 +1,225 @@
+"""The config tree: every field with its meaning and default, and how a command line fills it.
+
+A recipe in configs/ calls `base()`, sets what it needs and returns the tree. The tree is locked: a field
+that does not exist can be neither set in a recipe nor overridden on the command line.
+"""
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from ml_collections import ConfigDict
+
+from lmboost.errors import UserError, nearest, one_of
+from lmboost.models.transformer import ModelConfig
+
+
+def base() -> ConfigDict:
+    """All fields of a run, with defaults. Fractions are of `steps` unless said otherwise."""
+    c = ConfigDict()
+    c.seed = 0  # of the parameters and of the order of the data
+    c.steps = 1000
+    c.batch_size = 32  # rows that the student trains on in one step, over all devices
+    c.seq_len = 512  # tokens of a row
+    c.accumulation = 1  # the batch is worked through in this many parts; the result is that of the whole batch
+
+    c.model = model()
+
+    # Where the student starts. Order: own checkpoint in the workdir, resume.from, init.from, random.
+    c.resume = ConfigDict({"from": ""})  # a run or checkpoint to go on from: parameters, optimizer, step, data
+    c.init = ConfigDict({"from": ""})  # a run or checkpoint whose parameters the student starts with
+
+    c.teacher = teacher = ConfigDict()
+    teacher["from"] = ""  # a run directory or a checkpoint
+    teacher.step = -1  # of a run: which checkpoint; -1 is the last
+    teacher.dtype = "bfloat16"  # of its parameters and compute
+    teacher.random = False  # replace its parameters by random ones: a control, not a method
+
+    c.objective = objective = ConfigDict()
+    objective.block_tokens = 1024  # tokens, per device, projected to the vocabulary at a time
+    objective.z_loss = 0.0  # weight of log(Z)^2
+
+    # SALT (arXiv 2410.18779): (1 - w) * ce + w * kd while the teacher helps.
+    objective.kd = kd = ConfigDict()
+    kd.weight = 0.0  # w; 0 is off
+    kd.ce_weight = -1.0  # weight of ce beside it; -1 is 1 - w
+    kd.temperature = 1.0
+    kd.temperature_on = "teacher"  # or "both": both sides, the term times temperature^2
+    kd.divergence = "forward"  # KL(teacher || student); "reverse"; "hard": the teacher's best token as label
+    kd.top_k = 0  # keep the teacher's k best tokens; 0 is all
+    kd.top_p = 1.0  # keep the fewest tokens that hold this probability; 1 is all
+    kd.tail = "bucket"  # the other tokens: one bucket on both sides, or "renormalise" the teacher without them
+    kd.handover = "hard"  # "linear": w falls to 0; "linear_ratio": w / (1 - w) falls; "constant": to the end (RKD)
+    kd.stop = 0.2  # fraction of the run at which the weight is 0
+    kd.decay_from = 0.0  # fraction at which a linear hand-over begins
+
+    # LET (arXiv 2602.05393): a late layer of the teacher guides an early layer of the student.
+    objective.align = align = ConfigDict()
+    align.weight = 0.0  # 0 is off
+    align.scale = "ratio"  # weight is the share of the gradient at the aligned state; "plain": of the loss
+    align.pairs = "half:last"  # student:teacher states, comma between pairs; a number of layers, half or last
+    align.map = "teacher_to_student"  # interpolate over features; "student_to_teacher", or a learned "projection"
+    align.centre = False  # subtract the row's mean state from each side first
+    align.final_norm = True  # the teacher's last state is taken after its final norm
+    align.stop = 0.3  # fraction of the run at which the weight has fallen linearly to 0
+
+    # SALT_DS: train on what is challenging yet learnable for an early checkpoint of the small model.
+    objective.select = select = ConfigDict()
+    select.candidates = 1  # candidate rows for each row of the batch; 1 with fraction 1 is off
+    select.fraction = -1.0  # of the candidates that count, at most 1 / candidates; -1 is 1 / candidates
+    select.k = 10  # a token is learnable if it is among the scorer's k best
+    select.others = "drop"  # other tokens: "drop" them from the median, or count them as "zero"
+    select.scorer = ""  # run or checkpoint that scores; empty is the teacher
+    select.scorer_step = -1  # of a run: which checkpoint; -1 is the last
+    select.stop = 0.2  # fraction of the run
+
+    c.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adamw"  # adafactor, muon, lion
+    optimizer.learning_rate = 3e-4  # at the peak
+    optimizer.schedule = "cosine"  # wsd, linear, constant
+    optimizer.warmup_steps = 100
+    optimizer.final_fraction = 0.1  # learning rate at the end, of the peak
+    optimizer.decay_fraction = 0.2  # wsd: fraction of the run that decays
+    optimizer.b1 = 0.9
+    optimizer.b2 = 0.95
+    optimizer.eps = 1e-8
+    optimizer.weight_decay = 0.1  # of matrices; norms and biases have none
+    optimizer.decay_embeddings = True  # whether the token and position tables are decayed, too
+    optimizer.clip_norm = 1.0  # of the gradient over all parameters; 0 is off
+
+    c.data = data = ConfigDict()
+    data.train = ""  # a directory written by lmboost.prepare, or a mixture "DIR1=0.7,DIR2=0.3"
+    data.validation = ""  # likewise; empty is the validation split of `train`
+    data.workers = 0  # processes that read ahead; 0 reads in threads
+
+    c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # sizes; -1 takes the devices that are left
+
+    c.checkpoint = ConfigDict({"every": 1000, "keep": 2, "keep_every": 0})  # steps; keep_every 0 keeps no extra ones
+    c.eval = ConfigDict({"every": 500, "batches": 20})  # steps; 0 is never, batches -1 is the whole split
+    c.log = log = ConfigDict()
+    log.every = 10  # steps
+    log.tensorboard = True
+    log.profile_from = -1  # step at which a profiler trace begins; -1 is none
+    log.profile_steps = 5
+    c.max_nonfinite = 10  # steps in a row with a non-finite loss or gradient that end the run
+    c.lock()
+    return c
+
+
+# Fields that may differ between two starts of one run: they do not change what is computed.
+FREE = ("mesh", "checkpoint", "log", "data.workers", "max_nonfinite", "resume", "eval", "objective.block_tokens")
+
+
+def model(config: ModelConfig | None = None, **changes) -> ConfigDict:
+    """A ModelConfig as a config subtree."""
+    return ConfigDict(dataclasses.asdict(dataclasses.replace(config or ModelConfig(), **changes)))
+
+
+def load(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    """Reads `--config=FILE[:VARIANT] --config.a.b=VALUE ... --workdir=DIR`, as ml_collections' flags do.
+
+    Values take the type of the field's default. (The flags of ml_collections themselves cannot name a field
+    `from`.) Returns (config, workdir). Raises a UserError on an unknown flag or field, naming the nearest
+    known one, a value of another type, or a recipe that does not load.
+    """
+    recipe, workdir, overrides = "", "", []
+    arguments = iter(argv)
+    for argument in arguments:
+        if not argument.startswith("--"):
+            raise UserError(f"unexpected argument {argument!r}: flags are given as --name=value.")
+        name, equals, value = argument[2:].partition("=")
+        if name.startswith(("config.", "noconfig.")):
+            overrides.append((name, value if equals else None))
+            continue
+        if name not in ("config", "workdir"):
+            raise UserError(f"unknown flag --{name}{nearest(name, ['config', 'workdir', 'traceback', 'help'])}.")
+        value = value if equals else next(arguments, "")
+        recipe, workdir = (value, workdir) if name == "config" else (recipe, value)
+    if not recipe:
+        raise UserError("--config is missing: give a recipe, as in --config=configs/quickstart.py:plain.")
+    if not workdir:
+        raise UserError("--workdir is missing: give the directory that the run writes to.")
+    tree = load_recipe(recipe)
+    for name, value in overrides:
+        _override(tree, name, value)
+    return tree, workdir
+
+
+def load_recipe(recipe: str) -> ConfigDict:
+    """The config tree of "FILE.py[:VARIANT]"; raises a UserError where it does not load."""
+    path, _, variant = recipe.partition(":")
+    if not os.path.isfile(path):
+        raise UserError(f"--config={recipe}: there is no file {path!r}.")
+    spec = importlib.util.spec_from_file_location("lmboost_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return module.get_config(variant) if variant else module.get_config()
+    except (AttributeError, KeyError, TypeError) as error:
+        message = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'").replace("\n", " ")
+        raise UserError(f"--config={recipe} does not load: {message}") from error
+
+
+def _override(tree: ConfigDict, flag: str, text: str | None) -> None:
+    """Sets one field from the command line. `text` None is a bare flag: true, or false as --noconfig.x."""
+    negated, field = flag.startswith("no"), flag.split("config.", 1)[1]
+    values = flatten(tree)
+    if field not in values:
+        raise UserError(f"--{flag}: the config has no field {field!r}{nearest(field, values)}.")
+    kind = type(values[field])
+    if text is None and kind is bool:
+        text = "false" if negated else "true"
+    elif text is None or negated:
+        raise UserError(f"--{flag}: {field} is of type {kind.__name__}; give its value, as in --config.{field}=VALUE.")
+    try:
+        value = {"true": True, "1": True, "false": False, "0": False}[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError) as error:
+        expected = "true or false" if kind is bool else f"a value of type {kind.__name__}"
+        raise UserError(f"--config.{field}={text}: expected {expected}, as the default {values[field]!r}.") from error
+    *parents, last = field.split(".")
+    for parent in parents:
+        tree = tree[parent]
+    tree[last] = value
+
+
+def _leaves(tree: ConfigDict, prefix: str = "") -> Iterator[str]:
+    for key, value in tree.items():
+        if isinstance(value, ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def flatten(tree: ConfigDict) -> dict[str, object]:
+    """{"a.b": value} of every leaf."""
+    out = {}
+    for name in _leaves(tree):
+        value = tree
+        for key in name.split("."):
+            value = value[key]
+        out[name] = value
+    return out
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """What two configs of one run may not differ in, as lines "field: old -> new"."""
+    a, b = flatten(old), flatten(new)
+    names = [n for n in sorted({*a, *b}) if not any(n == f or n.startswith(f + ".") for f in FREE)]
+    missing = object()
+    return [f"{n}: {a.get(n, None)!r} -> {b.get(n, None)!r}" for n in names if a.get(n, missing) != b.get(n, missing)]
+
+
+def variants(variant: str, known: Iterable[str]) -> set[str]:
+    """The words of a recipe's variant, as {"rkd", "tiny"} of "rkd,tiny".
+
+    Raises a UserError where a word is not one of `known`, or where more than one besides "tiny" is given: these
+    are arms of one comparison, and a run is one of them.
+    """
+    known = list(known)
+    words = {one_of("variant", word.strip(), known) for word in variant.split(",") if word.strip()}
+    if len(arms := words - {"tiny"}) > 1:
+        raise UserError(
+            f"variant={variant!r} names several arms ({', '.join(sorted(arms))}): give one, and tiny or not."
+        )
+    return words

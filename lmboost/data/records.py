@@ -1,0 +1,239 @@
+"""Token records: what `prepare` writes and `loader` reads.
+
+A data set is a directory: ArrayRecord shards in the TFDS layout, `manifest.json` and `tokenizer/`. A shard is one
+stream of tokens, cut in records of R tokens plus the first token of the next record, so that every token of the
+stream but the first is the target of exactly one record.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import zstandard
+from array_record.python import array_record_module
+from tensorflow_datasets.proto import tf_example_pb2
+
+from lmboost.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+SPLITS = ("train", "validation")
+_NAME = "tokens"  # the data set's name in its file names
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A run of a shard's stream.
+
+    Attributes:
+      tokens: int32 [R + 1], zero after `length`.
+      doc_starts: int32 [documents], ascending offsets in [0, length) at which a document begins.
+      length: valid tokens, at most R + 1.
+    """
+
+    tokens: np.ndarray
+    doc_starts: np.ndarray
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of a split. `positions` is the number of targets of its stream, document borders included."""
+
+    file: str
+    records: int
+    positions: int
+    documents: int
+    tokens: int
+    bytes: int
+    digest: str
+    file_bytes: int
+
+
+def cut(documents: Sequence[np.ndarray], record_tokens: int) -> Iterator[Record]:
+    """The records of the stream made of `documents` (int32 [tokens] each, none empty)."""
+    if not documents:
+        return
+    stream = np.concatenate(documents)
+    starts = np.cumsum([0] + [len(document) for document in documents[:-1]])
+    for begin in range(0, len(stream) - 1, record_tokens):
+        tokens = stream[begin : begin + record_tokens + 1]
+        low, high = np.searchsorted(starts, [begin, begin + len(tokens)])
+        padded = np.zeros(record_tokens + 1, np.int32)
+        padded[: len(tokens)] = tokens
+        yield Record(padded, (starts[low:high] - begin).astype(np.int32), len(tokens))
+
+
+def serialize(record: Record) -> bytes:
+    """The record as tf.train.Example, in TFDS's encoding; equal records give equal bytes."""
+    example = tf_example_pb2.Example()
+    feature = example.features.feature
+    feature["tokens"].bytes_list.value.append(record.tokens.astype("<i4").tobytes())
+    feature["doc_starts"].int64_list.value.extend(record.doc_starts.tolist())
+    feature["length"].int64_list.value.append(record.length)
+    return example.SerializeToString(deterministic=True)
+
+
+def parse(serialized: bytes) -> Record:
+    """Inverse of `serialize`."""
+    feature = tf_example_pb2.Example.FromString(serialized).features.feature
+    tokens = np.frombuffer(feature["tokens"].bytes_list.value[0], "<i4")
+    doc_starts = np.asarray(feature["doc_starts"].int64_list.value, np.int32)
+    return Record(tokens, doc_starts, feature["length"].int64_list.value[0])
+
+
+def write_shard(path: pathlib.Path, documents: Sequence[np.ndarray], text_bytes: int, record_tokens: int) -> Shard:
+    """Writes `documents` as a shard at `path`, whole or not at all."""
+    digest, records = hashlib.sha256(), 0
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
+    for record in cut(documents, record_tokens):
+        serialized = serialize(record)
+        digest.update(hashlib.sha256(serialized).digest())
+        writer.write(serialized)
+        records += 1
+    writer.close()
+    size = partial.stat().st_size
+    os.replace(partial, path)
+    return Shard(
+        file=path.name,
+        records=records,
+        positions=max(0, sum(map(len, documents)) - 1),
+        documents=len(documents),
+        tokens=sum(map(len, documents)) - len(documents),
+        bytes=text_bytes,
+        digest=digest.hexdigest(),
+        file_bytes=size,
+    )
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """The TFDS name of a shard's file."""
+    return f"{_NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+def write_tfds_metadata(directory: pathlib.Path, shards: dict[str, list[Shard]], record_tokens: int) -> None:
+    """Writes dataset_info.json and features.json, with which `tfds.builder_from_directory` opens `directory`."""
+    import tensorflow_datasets as tfds  # only the writer needs it: readers and grain workers start faster
+
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory,
+        dataset_name=_NAME,
+        filetype_suffix="array_record",
+        template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+    )
+    tfds.folder_dataset.write_metadata(
+        data_dir=directory,
+        features=tfds.features.FeaturesDict(
+            {
+                "tokens": tfds.features.Tensor(shape=(record_tokens + 1,), dtype=np.int32, encoding="bytes"),
+                "doc_starts": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+                "length": np.int32,
+            }
+        ),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=[shard.records for shard in shards[split]],
+                num_bytes=sum(shard.file_bytes for shard in shards[split]),
+                filename_template=template,
+            )
+            for split in SPLITS
+        ],
+        filename_template=template,
+        check_data=False,
+        description="Token records of lmboost: a record's last token is the first of the next record of its shard.",
+    )
+
+
+def fingerprint(shards: dict[str, list[Shard]]) -> str:
+    """sha256 over the content of every record of every shard."""
+    content = [[split, [shard.digest for shard in shards[split]]] for split in SPLITS]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def totals(shards: Iterable[Shard]) -> dict[str, int]:
+    """Sums over shards of documents, tokens (targets inside a document), bytes (UTF-8), records."""
+    shards = list(shards)
+    return {name: sum(getattr(s, name) for s in shards) for name in ("documents", "tokens", "bytes", "records")}
+
+
+def bucket_of(key: bytes, validation_fraction: float, train: int, validation: int) -> int:
+    """The bucket of a document whose text has sha256 `key`: train buckets first, then validation buckets."""
+    place = int.from_bytes(key[8:16])
+    if int.from_bytes(key[:8]) < validation_fraction * 2**64:
+        return train + place % validation
+    return place % train
+
+
+def write_run(path: pathlib.Path, buckets: Sequence[Sequence[bytes]]) -> list[int]:
+    """Writes the documents of each bucket, the buckets one after the other; returns where each begins, and the end."""
+    offsets, partial = [0], path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(partial, "wb") as file:
+        for bucket in buckets:
+            if bucket:
+                file.write(zstandard.compress(b"".join(struct.pack("<Q", len(raw)) + raw for raw in bucket), 1))
+            offsets.append(file.tell())
+    os.replace(partial, path)
+    return offsets
+
+
+def read_run(path: pathlib.Path, start: int, stop: int) -> list[bytes]:
+    """The documents of the bucket at [start, stop) of a file made by `write_run`."""
+    if start == stop:
+        return []
+    with open(path, "rb") as file:
+        file.seek(start)
+        packed = zstandard.decompress(file.read(stop - start))
+    documents, at = [], 0
+    while at < len(packed):
+        (length,) = struct.unpack_from("<Q", packed, at)
+        documents.append(packed[at + 8 : at + 8 + length])
+        at += 8 + length
+    return documents
+
+
+def write_json(path: pathlib.Path, content: object) -> None:
+    """Writes JSON whole or not at all."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_manifest(directory: str | os.PathLike) -> dict:
+    """The manifest of a prepared data set; anything else is a UserError."""
+    path = pathlib.Path(directory) / MANIFEST
+    if not path.is_file():
+        partial = pathlib.Path(f"{pathlib.Path(directory)}.partial")
+        hint = (
+            f" Preparation has not finished: {partial} exists, run its prepare command again."
+            if partial.is_dir()
+            else ""
+        )
+        raise UserError(
+            f"data {str(directory)!r} is not a prepared data set: no {path}.{hint} "
+            f"Make one with python -m lmboost.prepare --out={directory}"
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["shards"] = {split: [Shard(**entry) for entry in manifest["shards"][split]] for split in SPLITS}
+        found = manifest["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): prepare the data again.") from error
+    if found != FORMAT:
+        raise UserError(f"{path} has format {found}, this version reads {FORMAT}: prepare the data again.")
+    return manifest
+
+
+def disk_error(error: Exception, directory: pathlib.Path) -> UserError | None:
+    """A UserError where the disk is full or can't be written, else None (ArrayRecord raises RuntimeError)."""
+    if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+        return UserError(f"no space left for {directory}: free some and run the same command again, it continues.")
+    if isinstance(error, OSError) and str(error.filename).startswith(str(directory.parent)):
+        return UserError(f"{error.filename} can't be written: {error.strerror}. Choose another --out or its rights.")
+    return None

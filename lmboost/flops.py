@@ -1,0 +1,89 @@
+"""FLOPs of a model, of a training step with its helpers, and the peak of a device.
+
+Model FLOPs: what the mathematics asks for. Rematerialised activations and padded vocabulary rows are not
+counted, so a utilisation computed from them is MFU in the sense of PaLM (arXiv 2204.02311, appendix B).
+"""
+
+from lmboost.models.transformer import ModelConfig
+
+# Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`. Vendors' specifications:
+# https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and NVIDIA's data sheets (without sparsity).
+# A TPU7x chip (2307e12) is two jax devices.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,  # v5p names itself "TPU v5" or "TPU v5p"
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def forward_flops(config: ModelConfig, seq_len: int, num_layers: int | None = None, vocabulary: bool = True) -> float:
+    """FLOPs of a forward pass per token, a multiplication and an addition counted as two.
+
+        layers * (2 * (2 D H N + 2 D K N + m D F) + 4 H N T / 2) + 2 D V
+
+    with m = 3 for a gated MLP, else 2. The first part is the projections, the second the two attention products
+    over the T / 2 positions that a causal token sees on average, the last the vocabulary projection. Looking an
+    embedding up, norms and nonlinearities are not counted. Documents packed into a row count as one.
+
+    Args:
+      num_layers: how many layers are computed; None is all of them.
+      vocabulary: whether the vocabulary projection is computed.
+    """
+    c = config
+    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    projections = 2 * c.d_model * (heads + kv_heads) + (3 if c.mlp == "silu_gated" else 2) * c.d_model * c.mlp_dim
+    layer = 2 * projections + 2 * heads * seq_len
+    layers = c.num_layers if num_layers is None else num_layers
+    return float(layers * layer + (2 * c.d_model * c.vocab_size if vocabulary else 0))
+
+
+def step_flops(
+    student: ModelConfig,
+    batch_size: int,
+    seq_len: int,
+    *,
+    teacher: ModelConfig | None = None,
+    kd: bool = False,
+    align_layer: int | None = None,
+    scorer: ModelConfig | None = None,
+    candidates: int = 1,
+) -> float:
+    """FLOPs of one training step over all devices: three forward passes of the student, and its helpers' one.
+
+    Args:
+      teacher: computes all of its layers and the vocabulary projection for `kd`, else the layers up to
+        `align_layer` (the latest one that a student's state is aligned with); without both, nothing.
+      scorer: computes `candidates` rows for each row of the batch, with the vocabulary projection.
+
+    The learned maps of an alignment are not counted (under a thousandth of a step).
+    """
+    per_token = 3 * forward_flops(student, seq_len)
+    if teacher and kd:
+        per_token += forward_flops(teacher, seq_len)
+    elif teacher and align_layer is not None:
+        per_token += forward_flops(teacher, seq_len, num_layers=align_layer, vocabulary=False)
+    if scorer:
+        per_token += candidates * forward_flops(scorer, seq_len)
+    return per_token * batch_size * seq_len
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of one jax device, or None for a kind that is not in the table (a CPU)."""
+    known = [kind for kind in PEAK_FLOPS if device_kind.lower().startswith(kind.lower())]
+    return PEAK_FLOPS[max(known, key=len)] if known else None
+
+
+def mfu(flops_per_second: float, device_kind: str, num_devices: int) -> float | None:
+    """Share of the devices' peak that a rate of model FLOPs is, 0 to 1; None where the peak is not known."""
+    peak = peak_flops(device_kind)
+    return flops_per_second / (peak * num_devices) if peak else None

@@ -1,0 +1,245 @@
+"""Metrics on the host: (sum, count) pairs, the run's metrics.jsonl and TensorBoard files, the console."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import rich.console
+import rich.progress
+from tensorboardX import SummaryWriter
+
+from lmboost.errors import UserError
+
+FILE = "metrics.jsonl"
+Sums = Mapping[str, tuple[Any, Any]]  # name -> (sum, count)
+
+
+def mean(metrics: Sums) -> dict[str, float | None]:
+    """{name: (sum, count)} as {name: sum / count}; None where nothing was counted."""
+    return {k: float(total) / float(count) if float(count) else None for k, (total, count) in metrics.items()}
+
+
+def merge(a: Sums, b: Sums) -> dict[str, tuple[Any, Any]]:
+    """Adds sums and counts by name; a name in only one of the two is kept as it is."""
+    both = {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in a if k in b}
+    return {**a, **b, **both}
+
+
+class Writers:
+    """Writes a run's numbers: one strict JSON object per line to WORKDIR/metrics.jsonl, and TensorBoard files.
+
+    Of several processes only the first one writes.
+
+    Args:
+      workdir: the run's directory; made if it is missing.
+      tensorboard: whether to write WORKDIR/tensorboard.
+      resume_step: the step that the run goes on from. Lines of later steps are dropped (they are about to be
+        computed again), as is a last line that a kill left half written; 0 starts afresh and drops all.
+
+    Raises:
+      UserError: a metrics.jsonl that holds something else than one JSON object per line, a directory that
+        cannot be written to.
+    """
+
+    def __init__(self, workdir: str, tensorboard: bool = True, resume_step: int = 0):
+        self._file = self._tensorboard = None
+        if jax.process_index():
+            return
+        if "://" in workdir:
+            raise UserError(
+                f"--workdir={workdir}: {FILE} is appended to line by line, which object stores cannot do. "
+                "Give a local directory, or mount the bucket (gcsfuse)."
+            )
+        path = os.path.join(workdir, FILE)
+        try:
+            os.makedirs(workdir, exist_ok=True)
+            _keep_lines(path, resume_step)
+            self._file = open(path, "a", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--workdir={workdir}: {path} cannot be written ({error.strerror}).") from error
+        if tensorboard:
+            self._tensorboard = SummaryWriter(
+                os.path.join(workdir, "tensorboard"),
+                purge_step=resume_step + 1 if resume_step else 0,
+                filename_suffix=f".{time.time_ns()}",  # files are named by the second: a quick restart would overwrite
+                flush_secs=30,
+            )
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the numbers of one step; None, NaN and infinities become null in the JSON line."""
+        values = {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}  # numpy and jax scalars
+        if self._file:
+            self._file.write(json.dumps({"step": int(step)} | _strict(values), allow_nan=False) + "\n")
+            self._file.flush()
+        if self._tensorboard:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._tensorboard.add_scalar(name, value, int(step))
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        for writer in (self._file, self._tensorboard):
+            if writer:
+                writer.close()
+        self._file = self._tensorboard = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def read(workdir: str) -> Iterator[dict[str, Any]]:
+    """The lines of WORKDIR/metrics.jsonl in order; a last line that is half written is left out.
+
+    Raises a UserError naming the line where another one is not a JSON object with a step.
+    """
+    path = os.path.join(workdir, FILE)
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                values = json.loads(line)
+            except ValueError:  # of UTF-8, too
+                values = None
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield values
+            elif line.endswith(b"\n"):
+                raise UserError(
+                    f"{path}, line {number}, is not a JSON object with a step: mend or remove that line, "
+                    "or move the file away."
+                )
+
+
+def _keep_lines(path: str, resume_step: int) -> None:
+    """Drops the lines after `resume_step`, all of them if it is 0. The old file is whole until the new one is."""
+    if not os.path.exists(path):
+        return
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        for line in read(os.path.dirname(path)) if resume_step else ():
+            if line["step"] <= resume_step:
+                file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _strict(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {k: _strict(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress:
+    """The console: a progress bar on a terminal, else a plain line every 10 seconds and at evaluations.
+
+    Of several processes only the first one prints.
+
+    Args:
+      total_steps, start_step: of the run, and where it goes on from.
+      console, clock: for tests.
+    """
+
+    INTERVAL = 10.0  # seconds between plain lines
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        console: rich.console.Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._total, self._clock = total_steps, clock
+        self._quiet = jax.process_index() != 0
+        self._console = console or rich.console.Console(file=sys.stdout, highlight=False)
+        self._first: tuple[int, float] | None = None  # step and time of the first update, after compilation
+        self._printed = -math.inf
+        self._bar = None
+        if self._console.is_terminal and not self._quiet:
+            columns = (
+                "[bold]{task.completed}[/]/{task.total}",
+                rich.progress.BarColumn(bar_width=24),
+                "{task.percentage:>3.0f}%",
+                "{task.fields[text]}",
+            )
+            self._bar = rich.progress.Progress(*columns, console=self._console, refresh_per_second=4)
+            self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="compiling")
+            self._bar.start()
+
+    def update(self, step: int, values: Mapping[str, Any]) -> None:
+        """Shows the numbers of a training step, `step` of them being done."""
+        now = self._clock()
+        self._first = self._first or (step, now)
+        text = "  ".join(filter(None, [_terms(values), self._eta(step, now)]))
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif now - self._printed >= self.INTERVAL or step >= self._total:
+            self._printed = now
+            self._line(step, text)
+
+    def evaluation(self, step: int, values: Mapping[str, Any]) -> None:
+        """Prints the numbers of an evaluation, which stay on the console."""
+        self._line(step, _terms(values))
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
+        self._bar = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _line(self, step: int, text: str) -> None:
+        if not self._quiet:
+            line = f"step {step}/{self._total}  {text}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _eta(self, step: int, now: float) -> str:
+        first, since = self._first
+        if step <= first:
+            return ""
+        left = round((now - since) / (step - first) * max(self._total - step, 0))
+        return f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+
+
+_SHOWN = {  # in this order; the rest is for the files
+    "loss": "{:.3f}",
+    "ce": "{:.3f}",
+    "kd": "{:.3f}",
+    "align": "{:.3f}",
+    "grad_norm": "{:.2f}",
+    "learning_rate": "{:.2e}",
+    "val_loss": "{:.4f}",
+    "val_perplexity": "{:.3f}",
+    "val_bits_per_byte": "{:.4f}",
+}
+_LABELS = {"grad_norm": "grad", "learning_rate": "lr"}
+
+
+def _terms(values: Mapping[str, Any]) -> str:
+    """The numbers worth a glance, in a fixed order."""
+    parts = [f"{_LABELS.get(k, k)} {form.format(values[k])}" for k, form in _SHOWN.items() if values.get(k) is not None]
+    if values.get("tokens_per_second") is not None:
+        parts.append(f"{short(values['tokens_per_second'])} tokens/s")
+    if values.get("mfu") is not None:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    return "  ".join(parts)
+
+
+def short(value: float) -> str:
+    """A number in three digits and a letter for its thousands, millions, billions or trillions: 1.23M."""
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * limit:
+            return f"{value / limit:.3g}{letter}"
+    return f"{value:.3g}"

@@ -1,0 +1,113 @@
+"""Causal attention within segments: one function, several kernels.
+
+Shape suffixes: B batch, T tokens, H query heads, K key/value heads, N head size.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lmboost import sharding
+from lmboost.errors import UserError
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash_interpret")
+
+
+def resolve(implementation: str, platform: str, seq_len: int, head_dim: int, dtype: str, field: str = "model") -> str:
+    """Turns "auto" into the fastest kernel for `platform` ("cpu", "gpu", "tpu") that takes these shapes.
+
+    Raises a UserError where a kernel is asked for that the platform does not have.
+    """
+    cudnn = platform == "gpu" and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128 and seq_len % 2 == 0
+    splash = platform == "tpu" and seq_len % 128 == 0
+    if implementation == "auto":
+        return "cudnn" if cudnn else "splash" if splash else "xla"
+    if (implementation == "cudnn" and not cudnn) or (implementation == "splash" and not splash):
+        needs = {
+            "cudnn": "a GPU, dtype bfloat16, head_dim a multiple of 8 and at most 128, an even seq_len",
+            "splash": "a TPU and a seq_len that is a multiple of 128",
+        }[implementation]
+        raise UserError(
+            f"{field}.attention={implementation!r} needs {needs}; here: platform {platform}, dtype {dtype}, "
+            f"head_dim {head_dim}, seq_len {seq_len}. Use 'auto'."
+        )
+    return implementation
+
+
+def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str) -> jax.Array:
+    """softmax(q k / sqrt(N)) v over earlier tokens of the same segment.
+
+    Args:
+      q_BxTxHxN, k_BxTxKxN, v_BxTxKxN: one float dtype; H is a multiple of K.
+      segment_ids: int32 [B, T].
+      implementation: one of IMPLEMENTATIONS; "auto" stands for "xla" here (`resolve` knows the platform).
+        "splash_interpret" runs the TPU kernel in the interpreter, for tests.
+
+    Returns: [B, T, H, N] in the dtype of q.
+    """
+    if implementation.startswith("splash"):
+        return _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation == "splash_interpret")
+    mask_Bx1xTxT = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    return jax.nn.dot_product_attention(
+        q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, mask=mask_Bx1xTxT, is_causal=True,
+        implementation="cudnn" if implementation == "cudnn" else "xla",
+    )  # fmt: skip
+
+
+def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool) -> jax.Array:
+    """Splash attention, one call per device on its own rows and heads."""
+    heads, kv_heads = q_BxTxHxN.shape[2], k_BxTxKxN.shape[2]
+    parts = sharding.shards("heads")
+    if heads % parts == 0 and kv_heads % parts:
+        # Each device needs the key/value heads of its own queries: repeat them until they can be dealt out.
+        repeats = parts // math.gcd(kv_heads, parts)
+        repeats = repeats if heads % (kv_heads * repeats) == 0 else heads // kv_heads
+        k_BxTxKxN, v_BxTxKxN = (jnp.repeat(x, repeats, axis=2) for x in (k_BxTxKxN, v_BxTxKxN))
+    groups = heads // k_BxTxKxN.shape[2]
+    scale = q_BxTxHxN.shape[-1] ** -0.5
+    # The kernel wants heads before tokens, lanes of 128 features, and queries that are scaled already.
+    q_BxHxTxN, k_BxKxTxN, v_BxKxTxN = (
+        _pad_lanes(jnp.swapaxes(x, 1, 2)) for x in (q_BxTxHxN * scale, k_BxTxKxN, v_BxTxKxN)
+    )
+
+    def local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids):
+        kernel = _splash_kernel(groups, q_BxHxTxN.shape[2], interpret)
+        heads = k_BxKxTxN.shape[1]
+        q_BxKxGxTxN = q_BxHxTxN.reshape(q_BxHxTxN.shape[0], heads, groups, *q_BxHxTxN.shape[2:])
+        per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        y = jax.vmap(per_head)(q_BxKxGxTxN, k_BxKxTxN, v_BxKxTxN, _segments(segment_ids))
+        return y.reshape(q_BxHxTxN.shape)
+
+    q_axes, kv_axes = ("batch", "heads", "length", None), ("batch", "kv_heads", "length", None)
+    local = sharding.per_device(local, (q_axes, kv_axes, kv_axes, ("batch", "length")), q_axes)
+    y_BxHxTxN = local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids)
+    return jnp.swapaxes(y_BxHxTxN, 1, 2)[..., : q_BxTxHxN.shape[-1]].astype(q_BxTxHxN.dtype)
+
+
+def _pad_lanes(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 128)])
+
+
+def _segments(segment_ids):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    return splash.SegmentIds(q=segment_ids, kv=segment_ids)
+
+
+def _splash_kernel(groups: int, seq_len: int, interpret: bool):
+    """The kernel for `groups` query heads that share one key/value head.
+
+    Built in each trace: its tables are constants of that trace, which may be for devices that are not here.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    block = int(np.gcd(seq_len, 512))
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block,
+        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.CausalMask((seq_len, seq_len))] * groups)
+    return splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)

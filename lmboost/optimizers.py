@@ -1,0 +1,166 @@
+"""The config's `optimizer` subtree as an optax transformation.
+
+Every optimizer is the same chain: clip the gradient by its norm over all parameters, turn it into a
+direction (Adam, Adafactor, Muon or Lion), add decayed weights, multiply by the negative learning rate.
+So weight decay means the same for all of them: each step takes learning_rate * weight_decay off a matrix.
+
+The layers' parameters are stacked on a leading axis. Whatever an optimizer computes over a whole matrix
+(factored statistics, clipping by RMS, the scale of a parameter, orthogonalisation) is per layer.
+
+Shape suffixes: D model width, H heads, N head size, L layers.
+"""
+
+import math
+from typing import Any
+
+import jax
+import optax
+
+from lmboost import schedules
+from lmboost.errors import one_of
+
+NAMES = ("adamw", "adafactor", "muon", "lion")
+
+# Moonlight's match of Muon's update to the RMS of AdamW's, so that one learning rate and one weight decay serve
+# the matrices and the rest alike (arXiv 2502.16982, section 2.2).
+MUON_RMS = 0.2
+
+MIN_FACTORED = 128  # Adafactor factors matrices of at least this many rows and columns (optax's default)
+
+
+def make_optimizer(config, steps: int, params_shapes: Any) -> tuple[optax.GradientTransformation, schedules.Schedule]:
+    """Builds the optimizer.
+
+    - adamw: b1, b2, eps.
+    - lion: b1, b2.
+    - muon: orthogonalised Nesterov momentum (coefficient b1) for the matrices of the layers; embeddings, head,
+      norms, biases and alignment projections go through Adam (b1, b2, eps; optax gives it Nesterov momentum,
+      too), with the same learning rate schedule.
+    - adafactor: factored second moment, its decay 1 - t^-0.8, without momentum: b1, b2 and eps are not used. The
+      update is clipped to an RMS of 1 and multiplied by the RMS of the parameter, so `learning_rate` is
+      relative: 1e-2 (PaLM's) rather than 3e-4.
+
+    Args:
+      config: the `optimizer` subtree.
+      steps: of the run.
+      params_shapes: the optimised tree, arrays or ShapeDtypeStructs: {"model": ..., "align": ...}.
+
+    Returns:
+      (transformation, learning rate as a function of the step). Moments lie in the state under the paths of
+      their parameters (".../layers/attn/q/kernel").
+
+    Raises:
+      UserError: an unknown name, or a number out of range.
+    """
+    name = one_of("optimizer.name", config.name, NAMES)
+    b1 = schedules.number("optimizer.b1", config.b1, below=1.0)
+    b2 = schedules.number("optimizer.b2", config.b2, below=1.0)
+    eps = schedules.number("optimizer.eps", config.eps)
+    clip = schedules.number("optimizer.clip_norm", config.clip_norm)
+    decay = schedules.number("optimizer.weight_decay", config.weight_decay)
+    rate = schedules.learning_rate(config, steps)
+    direction = {
+        "adamw": lambda: optax.scale_by_adam(b1, b2, eps),
+        "lion": lambda: optax.scale_by_lion(b1, b2),
+        "muon": lambda: _muon(b1, b2, eps),
+        "adafactor": lambda: _adafactor(params_shapes),
+    }[name]()
+    transformation = optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        direction,
+        optax.add_decayed_weights(decay, mask=decay_mask(params_shapes, config.decay_embeddings)),
+        optax.scale_by_learning_rate(rate),
+    )
+    return transformation, rate
+
+
+def decay_mask(params: Any, decay_embeddings: bool = True) -> Any:
+    """A tree of booleans: which parameters are decayed. Matrices are, norms and biases are not.
+
+    Decided by name, as the number of axes says nothing about stacked and per-head parameters: a bias of
+    the queries is [L, H, N].
+    """
+    kinds = {"scale": False, "bias": False, "embedding": decay_embeddings}
+    return jax.tree_util.tree_map_with_path(lambda path, _: kinds.get(_names(path)[-1], True), params)
+
+
+def _names(path) -> list[str]:
+    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+
+
+def _matrix_axes(path) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """(input axes, output axes) of a layer's kernel as a matrix, counted from the last; None for other parameters.
+
+    Projections to heads [D, H, N] are D x (H N), the one back [H, N, D] is (H N) x D.
+    """
+    names = _names(path)
+    if "layers" not in names or names[-1] != "kernel":
+        return None
+    return {"q": ((-3,), (-2, -1)), "k": ((-3,), (-2, -1)), "v": ((-3,), (-2, -1)), "o": ((-3, -2), (-1,))}.get(
+        names[-2], ((-2,), (-1,))
+    )
+
+
+def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    def dimension_numbers(params):
+        # Axes that are neither input nor output, here the stacked layers, are a batch of matrices to optax.
+        def leaf(path, _):
+            axes = _matrix_axes(path)
+            return axes and optax.contrib.MuonDimensionNumbers(*axes)
+
+        return jax.tree_util.tree_map_with_path(leaf, params)
+
+    # A rate of -1 undoes the sign that it puts on the step: decay and learning rate come later in the chain.
+    return optax.contrib.muon(
+        learning_rate=-1.0,
+        beta=b1,
+        eps=eps,
+        adam_b1=b1,
+        adam_b2=b2,
+        consistent_rms=MUON_RMS,
+        muon_weight_dimension_numbers=dimension_numbers,
+    )
+
+
+def _adafactor(params_shapes: Any) -> optax.GradientTransformation:
+    """optax.adafactor up to its learning rate, per layer for what is stacked."""
+    plain = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=MIN_FACTORED),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
+    )
+
+    def label(path, x):  # stacks of unequal depth are mapped over one by one
+        return f"layers{x.shape[0]}" if "layers" in _names(path) else "rest"
+
+    labels = jax.tree_util.tree_map_with_path(label, params_shapes)
+    kinds = set(jax.tree.leaves(labels))
+    return optax.partition({k: plain if k == "rest" else _per_layer(_as_matrices(plain)) for k in kinds}, labels)
+
+
+def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Maps `inner` over the leading axis of every leaf; its counter, too, is one per layer."""
+    return optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
+
+
+def _as_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Shows one layer's kernels to `inner` as matrices.
+
+    optax factors the two largest axes if both have 128 entries or more. Of [D, H, N] with heads of 64 that is
+    none, and the second moment would be kept whole; with heads of 128 it is D and either H or N. As
+    D x (H N), every projection has one statistic per input and one per output, whatever its heads. A kernel
+    too small to be factored keeps its shape, and so its moment does.
+    """
+
+    def flat(tree):
+        def leaf(path, x):
+            shape = [math.prod(x.shape[a] for a in part) for part in _matrix_axes(path) or ()]
+            return x.reshape(shape) if shape and min(shape) >= MIN_FACTORED else x
+
+        return jax.tree_util.tree_map_with_path(leaf, tree)
+
+    def update(updates, state, params):
+        new, state = inner.update(flat(updates), state, flat(params))
+        return jax.tree.map(lambda n, u: n.reshape(u.shape), new, updates), state
+
+    return optax.GradientTransformation(lambda params: inner.init(flat(params)), update)

@@ -1,0 +1,276 @@
+"""What a config asks for, checked: everything that can be wrong is found here, before anything is compiled or written."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from lmboost import align, checkpoint, flops, schedules, select, sharding
+from lmboost import config as configs
+from lmboost.data import loader
+from lmboost.errors import UserError
+from lmboost.models import attention
+from lmboost.models.transformer import ModelConfig
+from lmboost.objective import Distillation
+from lmboost.train_step import Objective
+
+PACKAGES = ("lmboost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Helper:
+    """A model that helps: where it is, what it is."""
+
+    directory: epath.Path
+    model: ModelConfig
+    manifest: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Which rows of the data a step's global batch takes. Picklable, for the loader's worker processes."""
+
+    batch_size: int
+    candidates: int
+    selecting: tuple[tuple[int, int], ...]  # (first step, step after the last) of spans that select
+
+    def __call__(self, step: int) -> tuple[int, int]:
+        """(first row, number of rows); more rows while candidates are scored."""
+        scored = sum(max(min(step, end) - first, 0) for first, end in self.selecting)
+        first_row = (step + scored * (self.candidates - 1)) * self.batch_size
+        selects = any(first <= step < end for first, end in self.selecting)
+        return first_row, self.batch_size * (self.candidates if selects else 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, ready to be built."""
+
+    config: ConfigDict
+    student: ModelConfig
+    objective: Objective
+    phases: list[tuple[int, frozenset[str]]]  # (first step, active helps)
+    rows: "Rows"
+    train_data: loader.DataInfo
+    validation_data: loader.DataInfo
+    teacher: Helper | None
+    scorer: Helper | None
+    manifest: dict[str, Any]
+
+    def helps(self, step: int) -> frozenset[str]:
+        """Which helps are active in a step."""
+        return schedules.active_helps(self.phases, step)
+
+    def spans(self) -> list[tuple[int, int, frozenset[str]]]:
+        """(first step, step after the last, active helps) of each phase."""
+        return spans(self.phases, self.config.steps)
+
+    def flops(self, step: int) -> float:
+        """Model FLOPs of the first `step` steps, helpers included."""
+        c, total = self.config, 0.0
+        for first, end, helps in self.spans():
+            layers = [t for _, t in self.objective.align.pairs] if "align" in helps else [None]
+            one = flops.step_flops(
+                self.student, c.batch_size, c.seq_len,
+                teacher=self.teacher.model if self.teacher else None, kd="kd" in helps, align_layer=max(layers),
+                scorer=self.scorer.model if "select" in helps else None, candidates=self.objective.select.candidates,
+            )  # fmt: skip
+            total += one * max(min(step, end) - first, 0)
+        return total
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where the data stands before `step`; equal positions give equal batches from there on."""
+        return {
+            "step": step,
+            "first_row": self.rows(step)[0],
+            "seq_len": self.config.seq_len,
+            "seed": self.config.seed,
+            "fingerprint": self.train_data.fingerprint,
+        }
+
+
+def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> Plan:
+    """Checks the config against data, helpers, workdir and machine. Raises a UserError on the first misfit."""
+    _check_numbers(config, num_devices)
+    student = _model(config, ModelConfig(**config.model), "model", platform)
+    train_data, validation_data = _data(config, student)
+    phases = schedules.help_phases(config.objective, config.steps)
+    active = frozenset().union(*(helps for _, helps in phases))
+    teacher = scorer = None
+    if active:
+        needs_teacher = active & {"kd", "align"} or not config.objective.select.scorer
+        if needs_teacher:
+            teacher = _helper(config, "teacher.from", config.teacher["from"], config.teacher.step, active, platform)
+        scorer = teacher
+        if "select" in active and config.objective.select.scorer:
+            field = "objective.select.scorer"
+            spec, step = config.objective.select.scorer, config.objective.select.scorer_step
+            scorer = _helper(config, field, spec, step, active, platform)
+        for helper, field in ((teacher, "teacher.from"), (scorer, "objective.select.scorer")):
+            if helper:
+                _check_tokenizer(helper, field, train_data, student)
+    objective = make_objective(config, student, teacher.model if teacher else None, active)
+    selecting = tuple((first, end) for first, end, helps in spans(phases, config.steps) if "select" in helps)
+    rows = Rows(config.batch_size, objective.select.candidates, selecting)
+    manifest = _manifest(config, student, train_data, validation_data, teacher, scorer)
+    _check_workdir(config, workdir)
+    return Plan(config, student, objective, phases, rows, train_data, validation_data, teacher, scorer, manifest)
+
+
+def spans(phases: list[tuple[int, frozenset[str]]], steps: int) -> list[tuple[int, int, frozenset[str]]]:
+    """(first step, step after the last, active helps) of each phase of a run."""
+    ends = [first for first, _ in phases[1:]] + [steps]
+    return [(first, end, helps) for (first, helps), end in zip(phases, ends, strict=True)]
+
+
+def make_objective(
+    config: ConfigDict, student: ModelConfig, teacher: ModelConfig | None, active: frozenset[str]
+) -> Objective:
+    """The objective subtree as plain values."""
+    tree, steps = config.objective, config.steps
+    names = ("temperature", "temperature_on", "divergence", "top_k", "top_p", "tail")
+    kd = Distillation(**{n: tree.kd[n] for n in names}).validate()
+    if "kd" in active and kd.divergence == "reverse" and teacher.vocab_size < student.vocab_size:
+        raise UserError(
+            f"objective.kd.divergence='reverse' needs a teacher with the student's vocabulary: the teacher has "
+            f"{teacher.vocab_size} rows, model.vocab_size={student.vocab_size}."
+        )
+    alignment = None
+    if "align" in active:
+        pairs = align.parse_pairs(tree.align.pairs, student.num_layers, teacher.num_layers)
+        names = ("scale", "map", "centre", "final_norm")
+        alignment = align.Alignment(pairs, **{n: tree.align[n] for n in names}).validate()
+    candidates, fraction = tree.select.candidates, tree.select.fraction
+    selection = select.Selection(
+        candidates, 1 / max(candidates, 1) if fraction == -1 else fraction, tree.select.k, tree.select.others
+    ).validate()
+    return Objective(
+        kd=kd,
+        align=alignment,
+        select=selection,
+        kd_weight=schedules.kd_weight(tree.kd, steps),
+        align_weight=schedules.align_weight(tree.align, steps),
+        ce_weight=tree.kd.ce_weight,
+        z_loss=tree.z_loss,
+        block_tokens=tree.block_tokens,
+    )
+
+
+def _check_numbers(config: ConfigDict, num_devices: int) -> None:
+    for field in ("steps", "batch_size", "seq_len", "accumulation", "log.every", "checkpoint.every", "checkpoint.keep"):
+        if (value := configs.flatten(config)[field]) < 1:
+            raise UserError(f"{field}={value} must be at least 1.")
+    sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, num_devices)
+    shards = sizes[0] * sizes[1]
+    if config.batch_size % (shards * config.accumulation):
+        raise UserError(
+            f"batch_size={config.batch_size} is not a multiple of mesh.data * mesh.fsdp * accumulation = "
+            f"{sizes[0]} * {sizes[1]} * {config.accumulation}: every device takes equally many rows of each part."
+        )
+
+
+def _model(config: ConfigDict, model: ModelConfig, field: str, platform: str) -> ModelConfig:
+    model.validate(field)
+    if model.position == "learned" and config.seq_len > model.max_seq_len:
+        raise UserError(
+            f"seq_len={config.seq_len} is longer than the {model.max_seq_len} learned positions of {field}: "
+            "shorten the rows, or use a model with more positions."
+        )
+    kernel = attention.resolve(model.attention, platform, config.seq_len, model.head_dim, model.dtype, field)
+    return dataclasses.replace(model, attention=kernel)
+
+
+def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, loader.DataInfo]:
+    if not config.data.train:
+        raise UserError("data.train is empty: give a directory that lmboost.prepare wrote.")
+    train_data = loader.info(config.data.train, "train")
+    validation_data = loader.info(config.data.validation or config.data.train, "validation")
+    if validation_data.tokenizer_fingerprint != train_data.tokenizer_fingerprint:
+        raise UserError(
+            f"data.validation={config.data.validation!r} was prepared with another tokenizer than "
+            f"data.train={config.data.train!r}: prepare both with one."
+        )
+    if train_data.vocab_size > student.vocab_size:
+        raise UserError(
+            f"data.train={config.data.train!r} was prepared with a tokenizer of {train_data.vocab_size} pieces, but "
+            f"model.vocab_size={student.vocab_size}: prepare the data with the model's tokenizer, or set the size."
+        )
+    return train_data, validation_data
+
+
+def _helper(
+    config: ConfigDict, field: str, path: str, step: int, active: frozenset[str], platform: str
+) -> Helper:
+    if not path:
+        raise UserError(
+            f"{field} is empty, but the objective asks for help ({', '.join(sorted(active))}): give a run or a "
+            "checkpoint, or set the weights to 0."
+        )
+    directory = checkpoint.find(path, step, field)
+    manifest = checkpoint.read_manifest(directory)
+    model = ModelConfig(**manifest["model"])
+    model = dataclasses.replace(model, dtype=config.teacher.dtype, remat="none", attention="auto")
+    return Helper(directory, _model(config, model, f"the model of {field}", platform), manifest)
+
+
+def _check_tokenizer(helper: Helper, field: str, data: loader.DataInfo, student: ModelConfig) -> None:
+    if helper.manifest["data"]["tokenizer"] != data.tokenizer_fingerprint:
+        raise UserError(
+            f"{field}: the model in {helper.directory} was trained with another tokenizer "
+            f"({helper.manifest['data']['tokenizer'][:12]}) than the data ({data.tokenizer_fingerprint[:12]}): its "
+            "predictions are about other tokens. Prepare the data with its tokenizer, or choose another model."
+        )
+    if helper.model.vocab_size < data.vocab_size:
+        raise UserError(
+            f"{field}: the model in {helper.directory} has a vocabulary of {helper.model.vocab_size}, fewer than "
+            f"the {data.vocab_size} pieces of the data's tokenizer."
+        )
+
+
+def _check_workdir(config: ConfigDict, workdir: str) -> None:
+    if not (manifest := read_manifest(workdir)):
+        return
+    if changed := configs.differences(ConfigDict(manifest["config"]), ConfigDict(json.loads(config.to_json()))):
+        raise UserError(
+            f"--workdir={workdir} holds a run of another config ({'; '.join(changed[:5])}"
+            f"{'; ...' if len(changed) > 5 else ''}): choose another workdir, or give its config."
+        )
+
+
+def read_manifest(workdir: str) -> dict[str, Any] | None:
+    """The manifest of the run in `workdir`, if there is one."""
+    path = epath.Path(workdir) / "manifest.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _manifest(config, student, train_data, validation_data, teacher, scorer) -> dict[str, Any]:
+    def helper(h: Helper | None):
+        return h and {"directory": str(h.directory), "model": dataclasses.asdict(h.model), "data": h.manifest["data"]}
+
+    return {
+        "config": json.loads(config.to_json()),
+        "model": dataclasses.asdict(dataclasses.replace(student, attention=config.model.attention)),
+        "data": {
+            "train": train_data.fingerprint,
+            "fingerprint": validation_data.fingerprint,
+            "tokenizer": train_data.tokenizer_fingerprint,
+        },
+        "teacher": helper(teacher),
+        "scorer": helper(scorer),
+        "versions": {"python": sys.version.split()[0]} | versions(PACKAGES),
+        "command": [os.path.basename(sys.executable), *sys.argv],
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions; "source" for a package that runs from a checkout."""
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
+    return {p: metadata.version(p) if p in installed else "source" for p in packages}

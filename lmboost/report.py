@@ -1,0 +1,313 @@
+"""Compares runs: how many tokens and FLOPs each needs to reach the baseline's final validation loss.
+
+    python -m lmboost.report --baseline=DIR --run=DIR [--run=DIR ...] [--helper=DIR] --out=DIR
+
+Prints a table and writes OUT/report.md, OUT/report.json (exact numbers) and OUT/report.png.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import rich.box
+import rich.console
+import rich.markup
+import rich.table
+
+from lmboost import metrics
+from lmboost.errors import UserError, exit_on_user_error
+
+FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the baseline's tokens
+FINAL_FIELDS = ("val_loss", "val_perplexity", "val_bits_per_byte")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's evaluations in the order of its tokens. `flops` is cumulative, NaN where it was not written."""
+
+    name: str
+    tokens: np.ndarray
+    val_loss: np.ndarray
+    flops: np.ndarray
+    steps: np.ndarray
+    final: dict[str, float | None]  # FINAL_FIELDS over the last evaluations
+    trained_tokens: float  # up to its last line
+    fingerprint: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Crossing:
+    """Where a run first reaches a loss; `first` if its first evaluation is already there (an upper bound)."""
+
+    tokens: float
+    flops: float | None
+    first: bool = False
+
+
+def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
+    """Reads DIR/metrics.jsonl and, where there is one, DIR/manifest.json.
+
+    Raises a UserError where there is no such run, or it has fewer than `last` evaluations.
+    """
+    by_step: dict[int, dict[str, Any]] = {}
+    try:
+        for line in metrics.read(directory):  # numbers of one step may be on several lines
+            by_step.setdefault(line["step"], {}).update({k: v for k, v in line.items() if v is not None})
+    except OSError as error:
+        raise UserError(
+            f"{flag}={directory}: there is no run, as {metrics.FILE} cannot be read ({error.strerror}). "
+            "Give the --workdir of a run."
+        ) from error
+    lines = [by_step[s] for s in sorted(by_step) if "val_loss" in by_step[s] and "tokens" in by_step[s]]
+    if len(lines) < max(last, 1):
+        raise UserError(
+            f"{flag}={directory}: {len(lines)} evaluations with val_loss and tokens in {metrics.FILE}, "
+            f"expected at least {max(last, 1)}. Train with --config.eval.every above 0 and a validation split."
+        )
+    column = lambda name: np.array([line.get(name, np.nan) for line in lines], np.float64)  # noqa: E731
+    tail = {k: [line[k] for line in lines[-last:] if k in line] for k in FINAL_FIELDS}
+    return Run(
+        name=os.path.basename(os.path.normpath(os.path.abspath(directory))),
+        tokens=column("tokens"),
+        val_loss=column("val_loss"),
+        flops=column("flops"),
+        steps=column("step"),
+        final={k: float(np.mean(v)) if v else None for k, v in tail.items()},
+        trained_tokens=max(line.get("tokens", 0.0) for line in by_step.values()),
+        fingerprint=_fingerprint(directory),
+    )
+
+
+def _fingerprint(directory: str) -> Any:
+    path = os.path.join(directory, "manifest.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file).get("data", {}).get("fingerprint")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a manifest: expected a JSON object. Was it edited by hand?") from error
+
+
+def training_flops(directory: str) -> float:
+    """All FLOPs of a finished run, for what its training cost."""
+    try:
+        values = [line["flops"] for line in metrics.read(directory) if line.get("flops") is not None]
+    except OSError as error:
+        raise UserError(f"--helper={directory}: {metrics.FILE} cannot be read ({error.strerror}).") from error
+    if not values:
+        raise UserError(
+            f"--helper={directory}: {metrics.FILE} has no flops, so its cost is not known. Leave --helper out."
+        )
+    return float(max(values))
+
+
+def crossing(run: Run, target: float) -> Crossing | None:
+    """Where the run's validation loss first is at most `target`, linearly between evaluations; None if never."""
+    below = np.flatnonzero(run.val_loss <= target)
+    if not below.size:
+        return None
+    i = below[0]
+    if i == 0:
+        return Crossing(float(run.tokens[0]), _number(run.flops[0]), first=True)
+    x = (run.val_loss[i - 1] - target) / (run.val_loss[i - 1] - run.val_loss[i])
+    at = lambda a: float(a[i - 1] + x * (a[i] - a[i - 1]))  # noqa: E731
+    return Crossing(at(run.tokens), _number(at(run.flops)))
+
+
+def loss_at(run: Run, tokens: float) -> float | None:
+    """Validation loss after so many tokens, linearly between evaluations; None outside of them."""
+    value = np.interp(tokens, run.tokens, run.val_loss, left=np.nan, right=np.nan)
+    return _number(value)
+
+
+def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = None) -> dict[str, Any]:
+    """The report as plain numbers.
+
+    The target is the baseline's final loss, and what it spent on it is its whole run. FLOPs of a run hold its
+    helpers' forward passes; `helper_flops` is what training the helper cost, added to every run but the baseline.
+
+    Raises a UserError where runs were evaluated on different data.
+    """
+    for run in runs:
+        if None not in (run.fingerprint, baseline.fingerprint) and run.fingerprint != baseline.fingerprint:
+            raise UserError(
+                f"{run.name} and the baseline {baseline.name} were evaluated on different data (fingerprints "
+                f"{run.fingerprint} and {baseline.fingerprint} in manifest.json): their losses cannot be compared. "
+                "Train both on one data set."
+            )
+    target, total_tokens = baseline.final["val_loss"], float(baseline.tokens[-1])
+    total_flops = _number(baseline.flops[-1])
+
+    def row(run: Run) -> dict[str, Any]:
+        reached = crossing(run, target)
+        flops = reached and reached.flops
+        with_helper = (
+            flops + helper_flops if flops is not None and helper_flops is not None and run is not baseline else None
+        )
+        return {
+            "name": run.name,
+            "trained_tokens": run.trained_tokens,
+            "loss_at": {f"{f:g}": loss_at(run, f * total_tokens) for f in FRACTIONS},
+            "final": run.final,
+            "total": {
+                "steps": _number(run.steps[-1]),
+                "tokens": float(run.tokens[-1]),
+                "flops": _number(run.flops[-1]),
+            },
+            "reached": reached is not None,
+            "reached_by_first_evaluation": bool(reached and reached.first),
+            "tokens_to_target": reached and reached.tokens,
+            "tokens_fraction": _ratio(reached and reached.tokens, total_tokens),
+            "flops_to_target": flops,
+            "flops_fraction": _ratio(flops, total_flops),
+            "flops_with_helper": with_helper,
+            "flops_with_helper_fraction": _ratio(with_helper, total_flops),
+        }
+
+    return {
+        "target_loss": target,
+        "helper_flops": helper_flops,
+        "baseline": row(baseline),
+        "runs": [row(run) for run in runs],
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or not b else a / b
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
+    """[(title, header and rows as text)]."""
+    rows = [report["baseline"], *report["runs"]]
+    losses = [["run", *(f"{float(f):.0%}" for f in report["baseline"]["loss_at"]), "final"]]
+    costs = [["run", "tokens", "x", "FLOPs", "x"]]
+    helper = report["helper_flops"] is not None
+    costs[0] += ["with helper's training", "x"] if helper else []
+    for row in rows:
+        name = row["name"] + (" (baseline)" if row is report["baseline"] else "")
+        losses.append([name, *(_cell(v, "{:.4f}") for v in [*row["loss_at"].values(), row["final"]["val_loss"]])])
+        bound = "≤ " if row["reached_by_first_evaluation"] else ""
+        tokens = row["tokens_to_target"]
+        tokens = "-" if tokens is None else bound + metrics.short(tokens)
+        cells = [name, tokens, _cell(row["tokens_fraction"], bound + "{:.2f}")]
+        for what in ("flops", "flops_with_helper") if helper else ("flops",):
+            spent = row[what + "_to_target" if what == "flops" else what]
+            cells += [_cell(spent, bound + "{:.3g}"), _cell(row[f"{what}_fraction"], bound + "{:.2f}")]
+        costs.append(cells)
+    target = report["target_loss"]
+    return [
+        ("Validation loss after a share of the baseline's tokens, nats per token", losses),
+        (f"Cost of the baseline's final loss ({target:.4f}); x is a multiple of the baseline's whole run", costs),
+    ]
+
+
+def _notes(report: dict[str, Any], last: int) -> list[str]:
+    final = "last evaluation" if last == 1 else f"mean of the last {last} evaluations"
+    notes = [
+        f"Target: the baseline's final validation loss, {report['target_loss']:.4f} nats per token ({final}). "
+        "A run reaches it where its loss first is that low, linearly between evaluations; - is never or not known.",
+        f"The baseline's whole run: {metrics.short(report['baseline']['total']['tokens'])} tokens"
+        + (f", {flops:.3g} FLOPs." if (flops := report["baseline"]["total"]["flops"]) else "."),
+    ]
+    if report["helper_flops"] is not None:
+        notes.append(
+            f"Training the helper cost {report['helper_flops']:.3g} FLOPs, added to every run but the baseline."
+        )
+    for row in [report["baseline"], *report["runs"]]:
+        if row["total"]["tokens"] < 0.9 * row["trained_tokens"]:
+            share = row["total"]["tokens"] / row["trained_tokens"]
+            notes.append(
+                f"{row['name']}: its last evaluation with a finite loss is at {share:.0%} of the tokens that it "
+                "trained on. It may have diverged since."
+            )
+    fraction = report["baseline"]["tokens_fraction"]
+    if fraction and fraction < 0.95:
+        notes.append(
+            f"The baseline itself first touches its final loss at {fraction:.0%} of its tokens: its evaluations are "
+            "noisy, or it got worse again. Compare with --last above 1 and more evaluation batches."
+        )
+    return notes
+
+
+def write(report: dict[str, Any], runs: Sequence[Run], out: str, last: int, console: rich.console.Console) -> None:
+    """Prints the table and writes report.json, report.md and report.png; `runs` begins with the baseline."""
+    from lmboost import report_plot  # matplotlib is slow to load, and the table needs none
+
+    os.makedirs(out, exist_ok=True)
+    tables, notes = _tables(report), _notes(report, last)
+    for title, (header, *rows) in tables:
+        table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="right" if i else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(rich.markup.escape, row))
+        console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+    with open(os.path.join(out, "report.json"), "w", encoding="utf-8") as file:
+        json.dump(report | {"last": last}, file, indent=2, allow_nan=False)
+    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as file:
+        for title, (header, *rows) in tables:
+            file.write(f"**{title}**\n\n")
+            for cells in (header, [":--"] + ["--:"] * (len(header) - 1), *rows):
+                file.write("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |\n")
+            file.write("\n")
+        file.write("\n".join(f"- {note}" for note in notes) + "\n\n![Validation loss against tokens](report.png)\n")
+    report_plot.save(report, runs, os.path.join(out, "report.png"))
+    console.print(f"Written to {os.path.join(out, 'report.{md,json,png}')}", highlight=False, markup=False)
+
+
+def _distinct(runs: Sequence[Run], directories: Sequence[str]) -> list[Run]:
+    """Runs of one name are told apart by their paths."""
+    names = [run.name for run in runs]
+    return [
+        dataclasses.replace(run, name=os.path.normpath(d)) if names.count(run.name) > 1 else run
+        for run, d in zip(runs, directories, strict=True)
+    ]
+
+
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.last < 1:
+        raise UserError(f"--last={arguments.last}: expected at least 1 evaluation to average.")
+    directories = [arguments.baseline, *arguments.run]
+    runs = [
+        load_run(d, arguments.last, flag)
+        for d, flag in zip(directories, ["--baseline"] + ["--run"] * len(arguments.run), strict=True)
+    ]
+    runs = _distinct(runs, directories)
+    helper = sum(training_flops(d) for d in arguments.helper) if arguments.helper else None
+    write(compare(runs[0], runs[1:], helper), runs, arguments.out, arguments.last, rich.console.Console())
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lmboost.report", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--baseline", required=True, metavar="DIR", help="the run to compare with")
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="DIR", help="a run to compare; may be repeated"
+    )
+    parser.add_argument(
+        "--helper", action="append", default=[], metavar="DIR",
+        help="run that trained the helper; its FLOPs are added to every --run in a column of its own; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--out", required=True, metavar="DIR", help="where report.md, report.json and report.png go")
+    parser.add_argument("--last", type=int, default=1, metavar="N", help="average the last N evaluations (default 1)")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options = parse()
+    exit_on_user_error(lambda: main(options), options.traceback)

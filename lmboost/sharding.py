@@ -1,0 +1,185 @@
+"""Mesh and sharding: the only file that names mesh axes.
+
+Arrays carry logical axis names; RULES maps them to the mesh axes ("data", "fsdp", "tensor"). Rows of
+the batch are spread over data and fsdp; parameters over fsdp (their model-width axis) and tensor (heads,
+MLP width, vocabulary).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmboost.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES = {
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "act_embed": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+}
+
+# Logical axes of a parameter by the end of its path; stacked layers have one more axis in front.
+PARAM_AXES = {
+    "embed/embedding": ("vocab", "embed"),
+    "position_embed/embedding": (None, "embed"),
+    "head": ("embed", "vocab"),
+    "q/kernel": ("embed", "heads", None),
+    "k/kernel": ("embed", "kv_heads", None),
+    "v/kernel": ("embed", "kv_heads", None),
+    "q/bias": ("heads", None),
+    "k/bias": ("kv_heads", None),
+    "v/bias": ("kv_heads", None),
+    "o/kernel": ("heads", None, "embed"),
+    "up/kernel": ("embed", "mlp"),
+    "gate/kernel": ("embed", "mlp"),
+    "down/kernel": ("mlp", "embed"),
+    "up/bias": ("mlp",),
+    "gate/bias": ("mlp",),
+}
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
+    """The sizes with a -1 replaced by the devices that are left.
+
+    Raises a UserError where they do not make up the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    asked = f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}"
+    if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+        raise UserError(f"{asked}: each size must be at least 1, and at most one of them -1 (what is left).")
+    if -1 in sizes:
+        known = -int(np.prod(sizes))
+        sizes[sizes.index(-1)] = max(num_devices // known, 1)
+    if (total := int(np.prod(sizes))) != num_devices:
+        raise UserError(
+            f"{asked} asks for {total} devices, but there are {num_devices}. "
+            "Choose sizes whose product is the number of devices, or -1 for one of them."
+        )
+    return tuple(sizes)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh (data, fsdp, tensor) over `devices` (all of them by default); sizes as in `mesh_sizes`."""
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(data, fsdp, tensor, len(devices))
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def batch_shards(mesh: Mesh | None = None) -> int:
+    """Into how many parts the rows of a batch are spread, on `mesh` or on the mesh in use (1 without one)."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return int(np.prod([mesh.shape.get(axis, 1) for axis in RULES["batch"]]))
+
+
+def spec(axes: Sequence[str | None]) -> P:
+    """The PartitionSpec of an array with these logical axes."""
+    return P(*(RULES[a] if a else None for a in axes))
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Tells the compiler how to lay out an activation; without a mesh in use, nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fit(axes, x.shape, mesh))
+
+
+def per_device(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]) -> Callable:
+    """Runs `fn` on each device's own part of its arguments (shard_map); without a mesh in use, as it is.
+
+    The result has the shape of the first argument. As in `constrain`, an axis that does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return fn
+
+    def run(*args):
+        in_specs = tuple(_fit(axes, x.shape, mesh) for axes, x in zip(in_axes, args, strict=True))
+        return jax.shard_map(
+            fn, mesh=mesh, in_specs=in_specs, out_specs=_fit(out_axes, args[0].shape, mesh), check_vma=False
+        )(*args)
+
+    return run
+
+
+def shards(axis: str) -> int:
+    """Into how many parts the mesh in use splits this logical axis, where it divides (1 without a mesh)."""
+    mesh, rule = jax.sharding.get_abstract_mesh(), RULES[axis]
+    names = (rule,) if isinstance(rule, str) else rule or ()
+    return int(np.prod([mesh.shape.get(n, 1) for n in names], dtype=int))
+
+
+def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
+    """As `spec`, but an axis whose size the mesh axes do not divide stays whole."""
+    parts = []
+    for name, size in zip(axes, shape, strict=True):
+        rule = RULES[name] if name else None
+        names = (rule,) if isinstance(rule, str) else rule or ()
+        divides = size % int(np.prod([mesh.shape[n] for n in names])) == 0
+        parts.append(rule if divides else None)
+    return P(*parts)
+
+
+def path_name(keys) -> str:
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
+
+
+def _param_axes(path: str, ndim: int) -> tuple[str | None, ...]:
+    for end, axes in PARAM_AXES.items():
+        if path == end or path.endswith("/" + end):
+            return (None,) * (ndim - len(axes)) + axes if ndim >= len(axes) else (None,) * ndim
+    return (None,) * ndim
+
+
+def tree_sharding(tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for parameters, or for any state that mirrors them (optimizer moments).
+
+    A leaf is laid out by the end of its path. Leaves that do not follow a parameter's shape (factored
+    statistics, counters) fall back to what divides, or to a copy on every device.
+    """
+
+    def leaf(keys, x):
+        return NamedSharding(mesh, _fit(_param_axes(path_name(keys), x.ndim), x.shape, mesh))
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over data and fsdp, tokens whole."""
+    return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def host_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process reads the index-th of `count` equal runs of a batch's rows.
+
+    Processes whose devices hold the same rows (a tensor axis across hosts) have the same index.
+    """
+    shards = batch_shards(mesh)
+    places = batch_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
+    rows = sorted({rows.start or 0 for rows, _ in places})
+    if rows != list(range(rows[0], rows[0] + len(rows))) or shards % len(rows) or rows[0] % len(rows):
+        raise UserError(
+            f"process {jax.process_index()} holds rows {rows} of {shards}, which are no equal run of neighbours: "
+            "choose mesh sizes whose data * fsdp is a multiple of the number of processes."
+        )
+    return rows[0] // len(rows), shards // len(rows)
+
+
+def put_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows, as its part of the global batch."""
+    return {k: jax.make_array_from_process_local_data(batch_sharding(mesh), x) for k, x in local.items()}

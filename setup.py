@@ -1,0 +1,30 @@
+"""lmboost: pretraining in which language models help each other to be trained."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+
+setup(
+    name="lmboost",
+    version="0.1.0",
+    description="JAX/Flax pretraining in which language models help each other to be trained",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["lmboost", "lmboost.*"]),
+    install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
+    extras_require={
+        "tpu": ["jax[tpu]"],
+        "gpu": ["jax[cuda13]"],
+        "notebook": ["ipykernel"],
+        # The TPU compiler runs without a TPU: tests compile the step for a pod.
+        "test": ["pytest", "hypothesis", "ruff", "jax[tpu]; sys_platform == 'linux'"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,388 @@
+"""What holds for every decoder, over the switches of its config."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmboost import sharding
+from lmboost.errors import UserError
+from lmboost.models import transformer
+from lmboost.models.presets import PRESETS, tiny
+from lmboost.models.transformer import ModelConfig
+
+BASE = ModelConfig(
+    vocab_size=97, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_seq_len=32,
+    dtype="float32", init_std=0.2,
+)  # fmt: skip
+GPT2 = {
+    "norm": "layernorm", "position": "learned", "num_kv_heads": 4, "mlp": "gelu_tanh", "qkv_bias": True,
+    "attn_out_bias": True, "mlp_bias": True, "tie_embeddings": True,
+}  # fmt: skip
+GRID = {
+    "llama": {},
+    "gpt2": GPT2,
+    "opt": {**GPT2, "mlp": "relu", "position_offset": 2},
+    "pythia": {
+        "norm": "layernorm", "rope_fraction": 0.25, "mlp": "gelu", "parallel_residual": True, "qkv_bias": True,
+        "attn_out_bias": True, "mlp_bias": True, "num_kv_heads": 4,
+    },
+    "qk norm": {"qk_norm": "head", "norm": "layernorm_nobias"},
+    "full qk norm": {"qk_norm": "full", "final_norm": False},
+    "by layer": {"scale_attn_by_layer": True, "num_kv_heads": 1, "rope_scaling_factor": 8.0, "rope_original_seq_len": 64},
+    "remat": {"remat": "dots", "vocab_multiple": 128, "tie_embeddings": True},
+}  # fmt: skip
+CONFIGS = {name: dataclasses.replace(BASE, **changes) for name, changes in GRID.items()}
+grid = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+B, T = 2, 16
+
+
+@functools.cache
+def params_of(config):
+    return jax.jit(functools.partial(transformer.init, config))(jax.random.key(1))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="capture")
+def apply(config, params, tokens, segment_ids, positions, capture=()):
+    return transformer.apply(config, params, tokens, segment_ids, positions, capture=capture)
+
+
+def batch(rows=B, length=T, seed=0):
+    """One segment in each row."""
+    tokens = np.random.default_rng(seed).integers(0, BASE.vocab_size, (rows, length), dtype=np.int32)
+    return tokens, np.ones_like(tokens), np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, float(np.abs(a).max())), rtol=0)
+
+
+def trees_close(a, b, tolerance=1e-5):
+    jax.tree.map(lambda x, y: close(x, y, tolerance), a, b)
+
+
+@grid
+def test_a_later_token_changes_no_earlier_state(config):
+    tokens, segment_ids, positions = batch()
+    other = tokens.copy()
+    other[:, T // 2] = (other[:, T // 2] + 1) % BASE.vocab_size
+    a, _ = apply(config, params_of(config), tokens, segment_ids, positions)
+    b, _ = apply(config, params_of(config), other, segment_ids, positions)
+    np.testing.assert_array_equal(a[:, : T // 2], b[:, : T // 2])
+    assert (np.abs(a - b).max(-1)[:, T // 2 :] > 1e-4).all(), "and all later states"
+
+
+@grid
+def test_a_document_in_a_row_is_the_document_alone(config):
+    tokens, _, _ = batch(rows=1)
+    lengths = (5, 8, 3)
+    segment_ids = np.repeat([1, 2, 3], lengths)[None].astype(np.int32)
+    positions = np.concatenate([np.arange(n) for n in lengths])[None].astype(np.int32)
+    packed, _ = apply(config, params_of(config), tokens, segment_ids, positions)
+    start = 0
+    for n in lengths:
+        alone = slice(start, start + n)
+        ids = np.ones((1, n), np.int32)
+        h, _ = apply(config, params_of(config), tokens[:, alone], ids, np.arange(n, dtype=np.int32)[None])
+        close(packed[:, alone], h)
+        start += n
+
+
+@grid
+def test_padding_changes_nothing(config):
+    tokens, segment_ids, positions = batch()
+    short, _ = apply(config, params_of(config), tokens, segment_ids, positions)
+    pad = ((0, 1), (0, 4))
+    padded, _ = apply(config, params_of(config), *(np.pad(x, pad) for x in (tokens, segment_ids, positions)))
+    close(short, padded[:B, :T])
+
+
+@grid
+def test_rows_do_not_see_each_other(config):
+    tokens, segment_ids, positions = batch()
+    both, _ = apply(config, params_of(config), tokens, segment_ids, positions)
+    one, _ = apply(config, params_of(config), tokens[:1], segment_ids[:1], positions[:1])
+    close(both[:1], one)
+
+
+def test_grouped_queries_are_repeated_key_value_heads():
+    grouped, full = CONFIGS["llama"], dataclasses.replace(CONFIGS["llama"], num_kv_heads=4)
+    params = params_of(grouped)
+
+    def repeat(path, x):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return jnp.repeat(x, 2, axis=-2) if name.endswith(("k/kernel", "v/kernel")) else x
+
+    a, _ = apply(grouped, params, *batch())
+    b, _ = apply(full, jax.tree_util.tree_map_with_path(repeat, params), *batch())
+    close(a, b)
+
+
+@grid
+def test_captured_states_are_those_of_the_truncated_stack(config):
+    params = params_of(config)
+    h, captured = apply(config, params, *batch(), capture=(0, 1, 2, 3))
+    plain, none = apply(config, params, *batch())
+    close(h, plain)
+    assert set(captured) == {0, 1, 2, 3} and none == {}
+    for k in (1, 2):
+        fewer = dataclasses.replace(config, num_layers=k, final_norm=False)
+        first = {**params, "layers": jax.tree.map(lambda a, k=k: a[:k], params["layers"])}
+        truncated, _ = apply(fewer, first, *batch())
+        close(captured[k], truncated)
+    embedded = params["embed"]["embedding"][batch()[0]]
+    if config.position == "rope":
+        close(captured[0], embedded)
+    else:
+        close(captured[0], embedded + params["position_embed"]["embedding"][batch()[2] + config.position_offset])
+    if not config.final_norm:
+        close(captured[3], h)
+
+
+@grid
+def test_an_identity_tap_changes_neither_result_nor_gradient(config):
+    params, data = params_of(config), batch()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(tapped, params):
+        taps = {k: (lambda x: x) for k in (0, 2, 3)} if tapped else None
+
+        def total(params):
+            return (transformer.apply(config, params, *data, taps=taps)[0] ** 2).mean()
+
+        return jax.value_and_grad(total)(params)
+
+    trees_close(run(False, params), run(True, params))
+
+
+def test_a_tap_sees_the_captured_state_and_guides_what_follows():
+    config, params, data = BASE, params_of(BASE), batch()
+    seen = {}
+
+    def double(x):
+        seen["x"] = x
+        return 2 * x
+
+    h, captured = transformer.apply(config, params, *data, capture=(1, 2), taps={1: double})
+    close(seen["x"], captured[1])
+    one = {**params, "layers": jax.tree.map(lambda a: a[:1], params["layers"])}
+    close(captured[1], apply(dataclasses.replace(config, num_layers=1, final_norm=False), one, *data)[0])
+    assert np.abs(h - apply(config, params, *data)[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "pythia"])
+def test_remat_changes_no_gradient(name):
+    def gradient(remat):
+        config = dataclasses.replace(CONFIGS[name], remat=remat)
+        return jax.jit(jax.grad(lambda p: (transformer.apply(config, p, *batch())[0] ** 2).mean()))(params_of(CONFIGS[name]))
+
+    none = gradient("none")
+    trees_close(none, gradient("dots"))
+    trees_close(none, gradient("full"))
+
+
+# Rotary positions
+
+
+def rope_config(**changes):
+    return dataclasses.replace(BASE, head_dim=16, **changes)
+
+
+def test_rope_depends_on_distance_only():
+    config = rope_config()
+    rng = np.random.default_rng(0)
+    q, k = (np.broadcast_to(rng.normal(size=(1, 1, 1, 16)), (1, 9, 1, 16)).astype(np.float32) for _ in range(2))
+
+    def scores(shift):
+        positions = jnp.arange(9)[None] + shift
+        q2, k2 = (transformer.apply_rope(jnp.asarray(x), positions, config)[0, :, 0] for x in (q, k))
+        return q2 @ k2.T
+
+    close(scores(0), scores(100), 1e-4)
+    for distance in range(-8, 9):  # the score is constant along each diagonal
+        diagonal = np.diagonal(scores(0), distance)
+        close(diagonal, np.full_like(diagonal, diagonal[0]), 1e-4)
+    assert np.std(scores(0)) > 0.1
+
+
+def test_rope_keeps_norms_and_position_zero():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
+    y = transformer.apply_rope(x, jnp.arange(5)[None].repeat(2, 0), rope_config())
+    close(jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(y, axis=-1))
+    close(x[:, 0], y[:, 0])
+
+
+def test_rope_against_complex_numbers():
+    config, x = rope_config(rope_theta=500.0), np.random.default_rng(0).normal(size=(1, 7, 2, 16))
+    turn = np.exp(1j * np.outer(np.arange(7), 500.0 ** (-np.arange(0, 16, 2) / 16)))[None, :, None]
+    z = (x[..., :8] + 1j * x[..., 8:]) * turn
+    got = transformer.apply_rope(jnp.asarray(x, jnp.float32), jnp.arange(7)[None], config)
+    close(np.concatenate([z.real, z.imag], -1), got)
+
+
+def test_a_fraction_of_rope_is_rope_of_the_first_features():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
+    positions = jnp.arange(5)[None].repeat(2, 0)
+    part = transformer.apply_rope(x, positions, rope_config(rope_fraction=0.25))
+    np.testing.assert_array_equal(part[..., 4:], x[..., 4:])
+    close(part[..., :4], transformer.apply_rope(x[..., :4], positions, dataclasses.replace(BASE, head_dim=4)))
+
+
+def llama3_frequencies(dim, theta, factor, low, high, original):
+    """Case by case, as in the Llama 3.1 release."""
+    out = []
+    for i in range(0, dim, 2):
+        frequency = theta ** (-i / dim)
+        wavelength = 2 * math.pi / frequency
+        if wavelength < original / high:
+            out.append(frequency)
+        elif wavelength > original / low:
+            out.append(frequency / factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            out.append((1 - smooth) * frequency / factor + smooth * frequency)
+    return np.array(out)
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "smollm2-135m", "pythia-1b"])
+def test_rope_frequencies(name):
+    c = PRESETS[name]
+    expected = llama3_frequencies(
+        c.rotary_dim, c.rope_theta, c.rope_scaling_factor, c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_original_seq_len
+    )  # fmt: skip
+    np.testing.assert_allclose(transformer.rope_frequencies(c), expected, rtol=1e-5)
+    if name == "llama-3.2-1b":
+        plain = transformer.rope_frequencies(dataclasses.replace(c, rope_scaling_factor=1.0))
+        ratio = np.asarray(transformer.rope_frequencies(c) / plain)
+        assert ratio[0] == 1.0 and np.isclose(ratio[-1], 1 / 32) and ((ratio > 1 / 31) & (ratio < 0.99)).any()
+
+
+# Norms, scaling, precision, vocabulary
+
+
+@pytest.mark.parametrize("kind", transformer.NORMS)
+def test_norm_is_its_formula(kind):
+    rng = np.random.default_rng(0)
+    x, scale, bias = rng.normal(3, 2, (4, 5, 32)), rng.normal(size=32), rng.normal(size=32)
+    params = {"scale": jnp.asarray(scale, jnp.float32)} | ({"bias": jnp.asarray(bias, jnp.float32)} if kind == "layernorm" else {})
+    eps = 0.1
+    if kind == "rmsnorm":
+        expected = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * scale
+    else:
+        expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * scale
+        expected = expected + (bias if kind == "layernorm" else 0)
+    norm = transformer.Norm(dataclasses.replace(BASE, norm=kind, norm_eps=eps))
+    close(expected, norm.apply({"params": params}, jnp.asarray(x, jnp.float32)))
+    assert norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_logits_of_layer_i_are_divided_by_its_number():
+    """Scaling by layer is the same as dividing the query projection of layer i by i + 1."""
+    config = CONFIGS["by layer"]
+    params = params_of(config)
+    layers = jax.tree.map(lambda a: a, params["layers"])
+    kernel = layers["attn"]["q"]["kernel"]
+    layers["attn"]["q"] = {"kernel": kernel / jnp.arange(1, config.num_layers + 1).reshape(-1, 1, 1, 1)}
+    scaled, _ = apply(config, params, *batch())
+    unscaled = dataclasses.replace(config, scale_attn_by_layer=False)
+    divided, _ = apply(unscaled, {**params, "layers": layers}, *batch())
+    close(scaled, divided)
+    assert np.abs(scaled - apply(unscaled, params, *batch())[0]).max() > 1e-3
+    _, captured = apply(config, params, *batch(), capture=(1, 2))  # layers keep their number in a cut scan
+    close(captured[2], apply(unscaled, {**params, "layers": layers}, *batch(), capture=(2,))[1][2])
+
+
+@grid
+def test_bfloat16_is_close_to_float32(config):
+    config = dataclasses.replace(config, init_std=0.02)
+    params = params_of(config)
+    exact, _ = apply(config, params, *batch())
+    rough, captured = apply(dataclasses.replace(config, dtype="bfloat16"), params, *batch(), capture=(1,))
+    assert rough.dtype == captured[1].dtype == jnp.bfloat16
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+    error = np.linalg.norm(exact - rough.astype(np.float32)) / np.linalg.norm(exact)
+    assert error < 0.03, error
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_padded_vocabulary_only_adds_rows(tied):
+    config = dataclasses.replace(BASE, vocab_multiple=64, tie_embeddings=tied)
+    assert config.vocab_rows == 128 and transformer.num_params(config) == transformer.num_params(
+        dataclasses.replace(config, vocab_multiple=1)
+    )
+    params = params_of(config)
+    assert params["embed"]["embedding"].shape == (128, 32) and transformer.head(params).shape == (32, 128)
+    cut = {**params, "embed": {"embedding": params["embed"]["embedding"][:97]}}
+    if not tied:
+        cut["head"] = params["head"][:, :97]
+    plain = dataclasses.replace(config, vocab_multiple=1)
+    np.testing.assert_array_equal(apply(config, params, *batch())[0], apply(plain, cut, *batch())[0])
+    np.testing.assert_array_equal(transformer.head(cut), transformer.head(params)[:, :97])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "pythia-70m", "smollm2-135m", "opt-125m"])
+def test_initial_scale(name):
+    """Weights start at init_std; what writes to the residual stream at init_std / sqrt(2 L)."""
+    config = tiny(PRESETS[name])
+    layers = params_of(config)["layers"]
+    assert np.std(layers["mlp"]["up"]["kernel"]) == pytest.approx(config.init_std, rel=0.05)
+    for kernel in (layers["mlp"]["down"]["kernel"], layers["attn"]["o"]["kernel"]):
+        assert np.std(kernel) == pytest.approx(config.init_std / math.sqrt(2 * config.num_layers), rel=0.05)
+    first, second = layers["mlp"]["up"]["kernel"][:2]
+    assert np.abs(first - second).max() > 0.01, "each layer has its own draw"
+
+
+# Devices and the compiler
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_one_device_equals_eight(name, sizes):
+    config, data = CONFIGS[name], batch(rows=8)
+    params = params_of(config)
+
+    def run(params, *data):
+        def total(params):
+            h, captured = transformer.apply(config, params, *data, capture=(1,))
+            return (h**2).mean() + captured[1].mean(), h
+
+        (_, h), gradient = jax.value_and_grad(total, has_aux=True)(params)
+        return h, gradient
+
+    expected = jax.jit(run)(params, *data)
+    mesh = sharding.make_mesh(*sizes)
+    layout = sharding.tree_sharding(params, mesh)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put((params, data), (layout, (sharding.batch_sharding(mesh),) * 3))
+        got = jax.jit(run, out_shardings=(None, layout))(spread[0], *spread[1])
+    trees_close(expected, jax.tree.map(np.asarray, got))
+
+
+def test_program_does_not_grow_with_depth():
+    def length(layers):
+        config = dataclasses.replace(BASE, num_layers=layers, remat="dots")
+        params = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
+        loss = lambda p: transformer.apply(config, p, *batch(), capture=(2,))[0].sum()  # noqa: E731
+        return len(jax.jit(jax.grad(loss)).lower(params).as_text())
+
+    assert length(48) < 1.02 * length(6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norm": "rms"}, r"model.norm='rms' is not known \(did you mean 'rmsnorm'\?\)"),
+        ({"mlp": "swiglu"}, "model.mlp='swiglu' is not known: expected one of gelu"),
+        ({"num_layers": 0}, "model.num_layers=0 must be at least 1"),
+        ({"num_kv_heads": 3}, "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
+        ({"attention": "flash"}, "model.attention='flash' is not known"),
+        ({"dtype": "float16"}, "model.dtype='float16' is not known"),
+    ],
+)
+def test_validate_names_the_field(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(BASE, **change).validate()

@@ -1,0 +1,185 @@
+"""Reports: crossings are where the curves cross, costs add up, and runs that cannot be compared are refused."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmboost import report, report_plot
+from lmboost.errors import UserError
+
+
+def save(directory, losses, every=100, flops_per_token=10.0, fingerprint=None, extra=()):
+    """A run of 10 tokens per step, with an evaluation every `every` steps."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "metrics.jsonl", "w") as file:
+        for i, loss in enumerate(losses, 1):
+            step = every * i
+            flops = None if flops_per_token is None else flops_per_token * 10 * step
+            # The numbers of training and of the evaluation may come on two lines.
+            file.write(json.dumps({"step": step - 1, "tokens": 10 * (step - 1), "loss": 1.0, "val_loss": None}) + "\n")
+            file.write(json.dumps({"step": step, "tokens": 10 * step, "flops": flops, "loss": 1.0}) + "\n")
+            file.write(json.dumps({"step": step, "val_loss": loss, "val_perplexity": float(np.exp(loss))}) + "\n")
+        file.writelines(extra)
+    if fingerprint:
+        manifest = {"config": {}, "data": {"fingerprint": fingerprint, "tokenizer": "t"}}
+        (directory / "manifest.json").write_text(json.dumps(manifest))
+    return str(directory)
+
+
+def run_main(tmp_path, *flags):
+    options = report.parse([*flags, f"--out={tmp_path / 'out'}"])
+    report.main(options)
+    return json.loads((tmp_path / "out" / "report.json").read_text())
+
+
+def a_run(losses, tokens=None, name="run"):
+    losses = np.asarray(losses, float)
+    tokens = np.arange(1.0, len(losses) + 1) * 1000 if tokens is None else np.asarray(tokens, float)
+    return report.Run(
+        name, tokens, losses, 10 * tokens, tokens / 10, {"val_loss": float(losses[-1])}, float(tokens[-1])
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(1, 10), min_size=2, max_size=20), st.floats(1, 10))
+def test_a_crossing_is_the_first_point_of_the_curve_at_the_target(losses, target):
+    run = a_run(losses)
+    found = report.crossing(run, target)
+    if found is None:
+        assert min(losses) > target
+        return
+    assert found.first == (losses[0] <= target)
+    if not found.first:
+        assert report.loss_at(run, found.tokens) == pytest.approx(target, abs=1e-6)
+        assert found.flops == pytest.approx(10 * found.tokens), "FLOPs are taken at the same place"
+    earlier = run.val_loss[run.tokens < found.tokens - 1e-6]
+    assert (earlier > target).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), st.floats(0.01, 3))
+def test_labels_keep_their_order_and_do_not_touch(heights, gap):
+    heights = sorted(heights)
+    placed = np.array(report_plot.spread(heights, gap))
+    assert (np.diff(placed) >= gap - 1e-9).all()
+    if (np.diff(heights) >= gap).all():
+        np.testing.assert_allclose(placed, heights)
+
+
+def test_the_report_of_a_faster_and_a_slower_run(tmp_path, capsys):
+    baseline = save(tmp_path / "plain", [5.0, 4.0, 3.5, 3.0], fingerprint="a")
+    fast = save(tmp_path / "fast", [4.0, 3.2, 2.8, 2.5], flops_per_token=12.0, fingerprint="a")
+    slow = save(tmp_path / "slow", [5.5, 4.5, 4.0, 3.6], fingerprint="a")
+    helper = save(tmp_path / "helper", [6.0, 5.0], flops_per_token=1.0, fingerprint="other")
+    out = run_main(tmp_path, f"--baseline={baseline}", f"--run={fast}", f"--run={slow}", f"--helper={helper}")
+    assert out["target_loss"] == 3.0 and out["helper_flops"] == 2000.0
+    row = out["runs"][0]
+    assert row["tokens_to_target"] == pytest.approx(2500.0) and row["tokens_fraction"] == pytest.approx(0.625)
+    assert row["flops_to_target"] == pytest.approx(30000.0) and row["flops_fraction"] == pytest.approx(0.75)
+    assert row["flops_with_helper"] == pytest.approx(32000.0)
+    assert row["flops_with_helper_fraction"] == pytest.approx(0.8)
+    assert row["loss_at"] == {"0.1": None, "0.25": 4.0, "0.5": 3.2, "0.75": 2.8, "1": 2.5}
+    assert row["final"]["val_perplexity"] == pytest.approx(np.exp(2.5)) and row["final"]["val_bits_per_byte"] is None
+    assert out["baseline"]["tokens_fraction"] == 1.0 and out["baseline"]["flops_with_helper"] is None
+    never = out["runs"][1]
+    assert not never["reached"] and never["tokens_to_target"] is None and never["flops_with_helper"] is None
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| fast | 2.5k | 0.62 | 3e+04 | 0.75 | 3.2e+04 | 0.80 |" in text
+    assert "| slow | - | - | - | - | - | - |" in text and "![Validation loss against tokens](report.png)" in text
+    assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    shown = capsys.readouterr().out
+    assert "plain (baseline)" in shown and "0.62" in shown and "2000 FLOPs" not in text
+
+
+def test_the_final_loss_may_be_the_mean_of_the_last_evaluations(tmp_path):
+    baseline = save(tmp_path / "plain", [5.0, 3.0, 3.4, 3.2])
+    other = save(tmp_path / "other", [5.0, 3.5, 3.1, 2.9])
+    out = run_main(tmp_path, f"--baseline={baseline}", f"--run={other}", "--last=2")
+    assert out["target_loss"] == pytest.approx(3.3) and out["runs"][0]["final"]["val_loss"] == pytest.approx(3.0)
+    assert out["runs"][0]["tokens_to_target"] == pytest.approx(2500.0)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "mean of the last 2 evaluations" in text
+    assert "The baseline itself first touches its final loss at 46% of its tokens" in text
+
+
+def test_a_run_that_begins_below_the_target_is_marked_as_a_bound(tmp_path):
+    baseline, early = save(tmp_path / "plain", [5.0, 4.0]), save(tmp_path / "early", [3.5, 3.0])
+    row = run_main(tmp_path, f"--baseline={baseline}", f"--run={early}")["runs"][0]
+    assert row["reached_by_first_evaluation"] and row["tokens_to_target"] == 1000.0
+    assert "| early | ≤ 1k | ≤ 0.50 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_flops_that_were_not_written_are_not_made_up(tmp_path):
+    baseline = save(tmp_path / "plain", [5.0, 4.0], flops_per_token=None)
+    other = save(tmp_path / "other", [4.5, 3.5], flops_per_token=None)
+    row = run_main(tmp_path, f"--baseline={baseline}", f"--run={other}")["runs"][0]
+    assert row["reached"] and row["flops_to_target"] is None and row["flops_fraction"] is None
+
+
+def test_a_run_that_diverged_after_its_last_finite_evaluation_is_noted(tmp_path):
+    baseline = save(tmp_path / "plain", [5.0, 4.0, 3.0])
+    lost = save(tmp_path / "lost", [4.5, 3.5], extra=['{"step": 300, "tokens": 3000, "val_loss": null}\n'])
+    run_main(tmp_path, f"--baseline={baseline}", f"--run={lost}")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "lost: its last evaluation with a finite loss is at 67%" in text and "plain: its last" not in text
+
+
+def test_an_evaluation_before_training_alone_divides_nothing_by_zero(tmp_path):
+    a, b = (save(tmp_path / name, [4.0], every=0) for name in "ab")
+    row = run_main(tmp_path, f"--baseline={a}", f"--run={b}")["runs"][0]
+    assert row["reached"] and row["tokens_fraction"] is None
+
+
+def test_runs_of_one_name_are_told_apart_and_names_are_text(tmp_path):
+    a, b = save(tmp_path / "a" / "run", [5.0, 4.0]), save(tmp_path / "b" / "run", [5.0, 4.0])
+    c = save(tmp_path / "[red]c|$x_$", [5.0, 3.0])
+    out = run_main(tmp_path, f"--baseline={a}", f"--run={b}", f"--run={c}")
+    assert [out["baseline"]["name"], *(r["name"] for r in out["runs"])] == [a, b, "[red]c|$x_$"]
+
+
+def test_a_run_in_progress_with_a_half_written_line_can_be_reported(tmp_path):
+    baseline = save(tmp_path / "plain", [5.0, 4.0])
+    other = save(tmp_path / "other", [4.5, 3.5], extra=['{"step": 300, "val_lo'])
+    assert run_main(tmp_path, f"--baseline={baseline}", f"--run={other}")["runs"][0]["reached"]
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path):
+    good = save(tmp_path / "good", [5.0, 4.0], fingerprint="a")
+    other = save(tmp_path / "other", [5.0, 4.0], fingerprint="b")
+    blind = save(tmp_path / "blind", [])
+    free = save(tmp_path / "free", [5.0], flops_per_token=None)
+    edited = save(tmp_path / "edited", [5.0], fingerprint="a")
+    (tmp_path / "edited" / "manifest.json").write_text("[]")
+    missing = str(tmp_path / "missing")
+    for flags, message in (
+        ([f"--baseline={missing}", f"--run={good}"], r"--baseline=.*missing: there is no run.*No such file.*--workdir"),
+        ([f"--baseline={good}", f"--run={missing}"], "--run=.*missing: there is no run"),
+        (
+            [f"--baseline={good}", f"--run={blind}"],
+            "--run=.*blind: 0 evaluations .* at least 1. Train with --config.eval",
+        ),
+        ([f"--baseline={good}", f"--run={good}", "--last=3"], "--baseline=.*good: 2 evaluations .* at least 3"),
+        ([f"--baseline={good}", f"--run={good}", "--last=0"], "--last=0: expected at least 1"),
+        ([f"--baseline={good}", f"--run={other}"], "other and the baseline good .* different data .*b and a"),
+        (
+            [f"--baseline={good}", f"--run={good}", f"--helper={missing}"],
+            "--helper=.*missing: metrics.jsonl cannot be read",
+        ),
+        ([f"--baseline={good}", f"--run={good}", f"--helper={free}"], "--helper=.*free: metrics.jsonl has no flops"),
+        ([f"--baseline={good}", f"--run={edited}"], "edited.manifest.json is not a manifest"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_main(tmp_path, *flags)
+
+
+def test_the_verb_ends_on_a_short_message(tmp_path):
+    command = [sys.executable, "-m", "lmboost.report", "--baseline=none", "--run=none", f"--out={tmp_path}"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --baseline=none: there is no run") and "Traceback" not in result.stderr
+    assert "Traceback" in subprocess.run([*command, "--traceback"], capture_output=True, text=True).stderr
