@@ -151,7 +151,7 @@ def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "floa
 
 def _restore_tree(directory: epath.Path, like: Any, shardings: Any) -> Any:
     with ocp.StandardCheckpointer() as checkpointer:
-        found = dict(_named(checkpointer.metadata(directory).item_metadata.tree))
+        found = dict(_named(tree_metadata(directory)))
         wanted = dict(_named(like))
         for name in sorted({*found, *wanted}):
             if name not in found or name not in wanted:
@@ -164,6 +164,12 @@ def _restore_tree(directory: epath.Path, like: Any, shardings: Any) -> Any:
                 )
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
         return checkpointer.restore(directory, target)
+
+
+def tree_metadata(directory: epath.Path) -> Any:
+    """The tree in a checkpoint's directory, with a shape and a dtype for each leaf; reads no arrays."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.metadata(directory).item_metadata.tree
 
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import rich.console
 import rich.progress
+import rich.text
 from tensorboardX import SummaryWriter
 
 from lmboost.errors import UserError
@@ -164,10 +165,10 @@ class Progress:
         self._bar = None
         if self._console.is_terminal and not self._quiet:
             columns = (
-                "[bold]{task.completed}[/]/{task.total}",
+                rich.progress.TextColumn("[bold]{task.completed}[/]/{task.total}"),
                 rich.progress.BarColumn(bar_width=24),
-                "{task.percentage:>3.0f}%",
-                "{task.fields[text]}",
+                rich.progress.TextColumn("{task.percentage:>3.0f}%"),
+                rich.progress.TextColumn("{task.fields[text]}", markup=False),
             )
             self._bar = rich.progress.Progress(*columns, console=self._console, refresh_per_second=4)
             self._task = self._bar.add_task("train", total=total_steps, completed=start_step, text="compiling")
@@ -202,8 +203,7 @@ class Progress:
 
     def _line(self, step: int, text: str) -> None:
         if not self._quiet:
-            line = f"step {step}/{self._total}  {text}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(rich.text.Text(f"step {step}/{self._total}  {text}"), soft_wrap=True)
 
     def _eta(self, step: int, now: float) -> str:
         first, since = self._first

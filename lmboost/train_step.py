@@ -172,7 +172,7 @@ def make_train_step(
             "loss": (sums.loss, sums.count),
             "ce": (sums.ce, sums.count),
             "grad_norm": (grad_norm, one),
-            "learning_rate": (jnp.asarray(learning_rate(state.step), jnp.float32), one),
+            "learning_rate": (jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32), one),
             "predicted_tokens": (sums.count, one),
             "skipped": (new_state.skipped.astype(jnp.float32), one),
             "skipped_in_a_row": (new_state.skipped_in_a_row.astype(jnp.float32), one),

@@ -64,10 +64,14 @@ def unstacked(tree):
 def train(tx, start, gradients, view=lambda tree: tree):
     """The parameters after one step on each gradient."""
     p = view(start)
-    state = jax.jit(tx.init)(p)
+    state = quick_jit(tx.init)(p)
     for g in gradients:
         p, state = stepper(tx)(view(g), state, p)
     return p
+
+
+# Compiling is most of the time that these tests take.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -76,7 +80,7 @@ def stepper(tx):
         updates, state = tx.update(gradient, state, p)
         return optax.apply_updates(p, updates), state
 
-    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})  # compiling is most of the time
+    return quick_jit(step)
 
 
 def close(a, b, rtol=2e-5):
@@ -227,9 +231,9 @@ def test_a_sharded_update_is_the_update(name):
         layout = sharding.tree_sharding(params(WIDE), mesh)
         p, g = jax.device_put((params(WIDE), gradient), (layout, layout))
         state_layout = sharding.tree_sharding(jax.eval_shape(tx.init, p), mesh)
-        state = jax.jit(tx.init, out_shardings=state_layout)(p)
-        updates, state = jax.jit(tx.update, out_shardings=(layout, state_layout))(g, state, p)
-    expected = jax.jit(tx.update)(gradient, jax.jit(tx.init)(params(WIDE)), params(WIDE))
+        state = quick_jit(tx.init, out_shardings=state_layout)(p)
+        updates, state = quick_jit(tx.update, out_shardings=(layout, state_layout))(g, state, p)
+    expected = quick_jit(tx.update)(gradient, quick_jit(tx.init)(params(WIDE)), params(WIDE))
     close(jax.device_get((updates, state)), jax.device_get(expected), rtol=1e-3)
 
 

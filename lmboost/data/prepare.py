@@ -2,8 +2,8 @@
 
 Two passes over `OUT.partial`: `_spread` divides the documents by the hash of their text into buckets on disk, one
 bucket per shard; `_make_shard` shuffles a bucket, tokenises it and writes its records. Each task leaves one JSON file
-when it is done, so the same command continues where it was killed. The last act renames the result to OUT. What comes out
-depends on the documents and the arguments only: not on the order of the documents, nor on the number of workers.
+when it is done, so the same command continues where it was killed. The last act renames the result to OUT. What
+comes out depends on the documents and the arguments, not on the documents' order or the number of workers.
 """
 
 import contextlib

@@ -67,10 +67,8 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool) -> ja
         k_BxTxKxN, v_BxTxKxN = (jnp.repeat(x, repeats, axis=2) for x in (k_BxTxKxN, v_BxTxKxN))
     groups = heads // k_BxTxKxN.shape[2]
     scale = q_BxTxHxN.shape[-1] ** -0.5
-    # The kernel wants heads before tokens, lanes of 128 features, and queries that are scaled already.
-    q_BxHxTxN, k_BxKxTxN, v_BxKxTxN = (
-        _pad_lanes(jnp.swapaxes(x, 1, 2)) for x in (q_BxTxHxN * scale, k_BxTxKxN, v_BxTxKxN)
-    )
+    # The kernel wants heads before tokens, and queries that are scaled already.
+    q_BxHxTxN, k_BxKxTxN, v_BxKxTxN = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxHxN * scale, k_BxTxKxN, v_BxTxKxN))
 
     def local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids):
         kernel = _splash_kernel(groups, q_BxHxTxN.shape[2], interpret)
@@ -83,11 +81,7 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool) -> ja
     q_axes, kv_axes = ("batch", "heads", "length", None), ("batch", "kv_heads", "length", None)
     local = sharding.per_device(local, (q_axes, kv_axes, kv_axes, ("batch", "length")), q_axes)
     y_BxHxTxN = local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids)
-    return jnp.swapaxes(y_BxHxTxN, 1, 2)[..., : q_BxTxHxN.shape[-1]].astype(q_BxTxHxN.dtype)
-
-
-def _pad_lanes(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 128)])
+    return jnp.swapaxes(y_BxHxTxN, 1, 2).astype(q_BxTxHxN.dtype)
 
 
 def _segments(segment_ids):

@@ -1,0 +1,72 @@
+"""Tiny runs for tests: a recipe, data, and the train verb in this process or in one of its own."""
+
+import os
+import pathlib
+import random
+import subprocess
+import sys
+
+from lmboost import train
+from lmboost.config import load
+from lmboost.data.prepare import prepare
+
+ROOT = pathlib.Path(__file__).parent.parent
+RECIPE = '''
+from lmboost import config
+from lmboost.models.transformer import ModelConfig
+
+def get_config(variant=""):
+    c = config.base()
+    c.steps, c.batch_size, c.seq_len = 8, 8, 32
+    c.model = config.model(ModelConfig(
+        vocab_size=320, num_layers=2, d_model=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=64,
+        max_seq_len=32, dtype="float32"))
+    c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-2, 2
+    c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 2, 4, 2, 1
+    if variant == "helped":
+        c.objective.kd.weight, c.objective.kd.stop = 0.5, 0.75
+        c.objective.align.weight, c.objective.align.stop = 0.5, 0.5
+        c.objective.select.candidates, c.objective.select.stop = 2, 0.25
+    return c
+'''
+
+
+def write_recipe(directory: pathlib.Path) -> str:
+    path = directory / "recipe.py"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def write_data(directory: pathlib.Path, seed: int = 0, tokenizer: str = "train:320") -> str:
+    """A prepared set of nonsense sentences with some structure to learn."""
+    draw = random.Random(seed)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(60)]
+    source = directory / f"text{seed}"
+    source.mkdir()
+    for i in range(60):
+        text = " ".join(draw.choice(words) for _ in range(draw.randint(20, 200)))
+        (source / f"{i}.txt").write_text(f"{i} {text}")
+    out = directory / f"data{seed}"
+    prepare(
+        str(out), [f"{source}/*.txt"], tokenizer, validation_fraction=0.2, record_tokens=128, shards=1,
+        report=lambda *_: None,
+    )  # fmt: skip
+    return str(out)
+
+
+def run(recipe: str, workdir, *overrides: str):
+    """The train verb in this process; returns the last state."""
+    return train.train(*load([f"--config={recipe}", f"--workdir={workdir}", *overrides]))
+
+
+def command(recipe: str, workdir, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "lmboost.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
+
+
+def start(recipe: str, workdir, *overrides: str, **kwargs) -> subprocess.Popen:
+    """The train verb in a process of its own, in its own process group."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command(recipe, workdir, *overrides), env=environment, cwd=ROOT, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+    )  # fmt: skip

@@ -1,0 +1,305 @@
+"""The loop: what it writes, how it goes on, what it refuses."""
+
+import hashlib
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lmboost import checkpoint, evaluate, train
+from lmboost.errors import UserError
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def recipe(home):
+    return runs.write_recipe(home)
+
+
+@pytest.fixture(scope="module")
+def data(home):
+    return "--config.data.train=" + runs.write_data(home)
+
+
+@pytest.fixture(scope="module")
+def teacher(home, recipe, data):
+    runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
+    return f"--config.teacher.from={home / 'teacher'}"
+
+
+@pytest.fixture(scope="module")
+def plain(home, recipe, data):
+    """(workdir, last state) of an uninterrupted plain run."""
+    return home / "plain", runs.run(recipe, home / "plain", data)
+
+
+@pytest.fixture(scope="module")
+def helped(home, recipe, data, teacher):
+    """(workdir, last state) of an uninterrupted run with every help."""
+    return home / "helped", runs.run(f"{recipe}:helped", home / "helped", data, teacher)
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
+
+
+def restored(workdir, like):
+    directory = checkpoint.find(str(workdir))
+    return checkpoint.restore_state(directory, like, jax.tree.map(lambda x: x.sharding, like))[0]
+
+
+def content(directory):
+    files = sorted(p for p in pathlib.Path(directory).rglob("*") if p.is_file())
+    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()
+
+
+def test_a_run_writes_its_numbers_and_a_manifest(helped):
+    workdir, _ = helped
+    training = [line for line in lines(workdir) if "loss" in line]
+    assert [line["step"] for line in training] == list(range(1, 9))
+    for line in training:
+        assert set(train.FIELDS) <= set(line) and line["mfu"] is None
+        assert line["tokens"] == line["step"] * 8 * 32
+    assert [line["kept_fraction"] for line in training] == [0.5, 0.5] + [None] * 6
+    assert [line["align"] is None for line in training] == [False] * 4 + [True] * 4
+    assert [line["kd"] is None for line in training] == [False] * 6 + [True] * 2
+    assert all(b["flops"] > a["flops"] for a, b in zip(training, training[1:], strict=False))
+    validation = [line for line in lines(workdir) if "val_loss" in line]
+    assert [line["step"] for line in validation] == [4, 8]
+    assert validation[-1]["val_perplexity"] == pytest.approx(np.exp(validation[-1]["val_loss"]))
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    assert manifest["config"]["steps"] == 8 and manifest["versions"]["jax"] == jax.__version__
+    assert len(manifest["teacher"]["fingerprint"]) == len(manifest["data"]["tokenizer"]) == 64
+    assert list((workdir / "tensorboard").iterdir())
+
+
+def test_the_loss_falls(plain):
+    losses = [line["loss"] for line in lines(plain[0]) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_teacher_is_unchanged_and_in_no_checkpoint(home, helped):
+    workdir, state = helped
+    fingerprint = json.loads((workdir / "manifest.json").read_text())["teacher"]["fingerprint"]
+    before = content(home / "teacher" / "checkpoints")
+    directory = checkpoint.find(str(home / "teacher"))
+    shapes = jax.eval_shape(lambda: checkpoint.load_params(directory, _teacher_shapes(directory), _mesh(), "bfloat16"))
+    assert shapes
+    params = checkpoint.load_params(directory, _teacher_shapes(directory), _mesh(), "bfloat16")
+    assert checkpoint.fingerprint(params) == fingerprint and content(home / "teacher" / "checkpoints") == before
+    expected = sum(x.size for x in jax.tree.leaves(state))
+    for step in (workdir / "checkpoints").iterdir():
+        found = [checkpoint.tree_metadata(step / part) for part in ("params", "training")]
+        assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(found)) == expected
+
+
+def _teacher_shapes(directory):
+    from lmboost.models import transformer
+
+    model = transformer.ModelConfig(**checkpoint.read_manifest(directory)["model"])
+    return jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+
+
+def _mesh():
+    from lmboost import sharding
+
+    return sharding.make_mesh()
+
+
+def test_the_teacher_is_freed_at_the_hand_over(home, recipe, data, teacher, monkeypatch):
+    seen, compiled = {}, train._compile
+
+    def spy(run, tx, learning_rate, helps, state):
+        seen[helps] = sum(x.dtype == jnp.bfloat16 for x in jax.live_arrays())
+        return compiled(run, tx, learning_rate, helps, state)
+
+    monkeypatch.setattr(train, "_compile", spy)
+    runs.run(f"{recipe}:helped", home / "freed", data, teacher)
+    assert seen[frozenset({"kd"})] > 0 and seen[frozenset()] == 0
+
+
+def test_without_weight_it_is_bitwise_the_plain_run(home, recipe, data, teacher, plain):
+    off = ("--config.objective.kd.weight=0", "--config.objective.align.weight=0", "--config.objective.select.candidates=1")
+    state = runs.run(f"{recipe}:helped", home / "off", data, teacher, *off)
+    assert same(state, plain[1])
+
+
+def test_a_finished_run_is_left_alone(plain, recipe, data, capsys):
+    before = content(plain[0])
+    assert same(runs.run(recipe, plain[0], data), plain[1])
+    assert "is finished" in capsys.readouterr().out and content(plain[0]) == before
+
+
+@pytest.mark.parametrize("stop", [1, 2, 5, 7])
+def test_it_goes_on_bitwise_from_where_it_stopped(stop, tmp_path, recipe, data, teacher, helped, monkeypatch):
+    """Stopped before a step of each phase; steps after the last checkpoint are done again."""
+    batches, put = [], train.sharding.put_batch
+
+    def stopping(batch, mesh):
+        batches.append(batch)
+        if len(batches) == 1000 + stop:
+            raise KeyboardInterrupt
+        return put(batch, mesh)
+
+    batches.extend([None] * 999)
+    monkeypatch.setattr(train.sharding, "put_batch", _only_training(stopping, put))
+    with pytest.raises(KeyboardInterrupt):
+        runs.run(f"{recipe}:helped", tmp_path, data, teacher)
+    monkeypatch.setattr(train.sharding, "put_batch", put)
+    state = runs.run(f"{recipe}:helped", tmp_path, data, teacher)
+    assert same(state, helped[1]) and same(restored(tmp_path, state), helped[1])
+    numbers = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(tmp_path)]
+    expected = [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines(helped[0])]
+    kept = [line for line in numbers if line["step"] > (stop - 1) // 2 * 2]
+    assert kept == [line for line in expected if line["step"] > (stop - 1) // 2 * 2]
+
+
+def _only_training(stopping, put):
+    def fn(batch, mesh):
+        import inspect
+
+        caller = inspect.stack()[1].function
+        return stopping(batch, mesh) if caller == "train" else put(batch, mesh)
+
+    return fn
+
+
+def kill_and_restart(kills, seconds, tmp_path, recipe, data, teacher, expected):
+    draw, arguments = random.Random(0), (f"{recipe}:helped", tmp_path / "run", data, teacher, "--config.checkpoint.every=1")
+    for _ in range(kills):
+        process = runs.start(*arguments)
+        time.sleep(draw.uniform(*seconds))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = runs.start(*arguments)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert same(restored(tmp_path / "run", expected), expected)
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_no_trace(tmp_path, recipe, data, teacher, helped):
+    kill_and_restart(10, (4.0, 16.0), tmp_path, recipe, data, teacher, helped[1])
+
+
+def test_init_from_takes_parameters_and_resume_from_takes_all(home, recipe, data, plain, capsys):
+    workdir, state = plain
+    runs.run(recipe, home / "init", data, f"--config.init.from={workdir}", "--config.seed=7")
+    assert f"start: init.from {workdir}" in capsys.readouterr().out
+    assert lines(home / "init")[0]["loss"] < lines(workdir)[0]["loss"] - 0.3
+    again = runs.run(recipe, home / "resumed", data, f"--config.resume.from={workdir}/checkpoints/6")
+    assert same(again, state) and lines(home / "resumed")[0]["step"] == 7
+    with pytest.raises(UserError, match="data position"):
+        runs.run(recipe, home / "other", data, f"--config.resume.from={workdir}/checkpoints/6", "--config.seed=3")
+
+
+def test_evaluate_gives_the_number_of_the_run(plain):
+    workdir, _ = plain
+    last = [line for line in lines(workdir) if "val_loss" in line][-1]
+    found = evaluate.evaluate(str(workdir), batches=2, batch_size=8)
+    assert found == pytest.approx({k: last[k] for k in found}, rel=1e-5)
+
+
+def test_steps_that_are_not_finite_end_the_run(tmp_path, recipe, data):
+    wild = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0", "--config.max_nonfinite=3")
+    with pytest.raises(UserError, match=r"not finite in 3 steps in a row \(max_nonfinite=3\)"):
+        runs.run(recipe, tmp_path, data, *wild)
+
+
+def test_a_full_disk_names_itself_and_spares_the_checkpoint_before(tmp_path, recipe, data):
+    assert runs.run(recipe, tmp_path, data, "--config.steps=2") is not None
+    # A limit on the size of a file stands for a full disk: the next checkpoint cannot be written.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
+    shutil.rmtree(tmp_path / "tensorboard")
+    (tmp_path / "manifest.json").unlink()
+    process = runs.start(recipe, tmp_path, data, "--noconfig.log.tensorboard", preexec_fn=limit)
+    output, _ = process.communicate()
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "error: saving" in output and "the checkpoint of step 2 is whole" in output
+    assert int(runs.run(recipe, tmp_path, data, "--noconfig.log.tensorboard").step) == 8
+
+
+def test_a_user_error_is_one_message_and_exit_status_2(tmp_path, recipe):
+    process = runs.start(recipe, tmp_path / "run", "--config.optimizer.learningrate=1")
+    output, _ = process.communicate()
+    assert process.returncode == 2 and output.startswith("error: ") and "did you mean 'optimizer.learning_rate'" in output
+    assert "Traceback" not in output and not (tmp_path / "run").exists()
+    process = runs.start(recipe, tmp_path / "run", "--config.optimizer.learningrate=1", "--traceback")
+    output, _ = process.communicate()
+    assert process.returncode == 1 and "Traceback" in output
+
+
+KD = "--config.objective.kd.weight=0.5"
+ALIGN = "--config.objective.align.weight=1"
+MISTAKES = {
+    "no data": (["--config.data.train="], "data.train is empty"),
+    "not data": (["--config.data.train=/"], "not a prepared data set|manifest"),
+    "batch": (["--config.batch_size=12"], r"batch_size=12 is not a multiple of .* = 8 \* 1 \* 1"),
+    "mesh": (["--config.mesh.data=16"], "asks for 16 devices, but there are 8"),
+    "positions": (["--config.model.position=learned", "--config.model.max_seq_len=16"], "longer than the 16 learned"),
+    "vocabulary": (["--config.model.vocab_size=100"], "tokenizer of 320 pieces, but model.vocab_size=100"),
+    "record": (["--config.seq_len=48"], "seq_len=48 does not divide"),
+    "no teacher": ([KD], r"teacher.from is empty, but the objective asks for help \(kd\)"),
+    "teacher is nothing": ([KD, "--config.teacher.from=/"], "is neither a run .* nor a checkpoint"),
+    "layer": ([ALIGN, "--config.objective.align.pairs=3:last"], "the student has no layer 3; it has layers 1 to 2"),
+    "teacher layer": ([ALIGN, "--config.objective.align.pairs=1:2"], "the teacher has no layer 2"),
+    "pairs": ([ALIGN, "--config.objective.align.pairs=1"], "expected student:teacher pairs"),
+    "heads": (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
+    "kernel": (["--config.model.attention=splash"], "attention='splash' needs a TPU"),
+    "name": (["--config.optimizer.name=adam"], "did you mean 'adamw'"),
+    "fraction": (["--config.objective.select.candidates=2", "--config.objective.select.fraction=0.7"], "at most 1 / cand"),
+    "init of another shape": (["--config.init.from=PLAIN", "--config.model.mlp_dim=32"], r"mlp/down/kernel.* has shape \(2, 64, 32\).*\(2, 32, 32\)"),
+    "init of another model": (["--config.init.from=PLAIN", "--config.model.qkv_bias=true"], "attn/k/bias' is missing in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_named_before_anything_is_written(name, tmp_path, recipe, data, teacher, plain):
+    overrides, message = MISTAKES[name]
+    overrides = [o.replace("PLAIN", str(plain[0])) for o in overrides]
+    given = [] if any("teacher" in o for o in overrides) or name == "no teacher" else [teacher]
+    with pytest.raises(UserError, match=message):
+        runs.run(recipe, tmp_path / "run", data, *given, *overrides)
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").rglob("*.json*"))
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(home, tmp_path, recipe, teacher):
+    other = "--config.data.train=" + runs.write_data(tmp_path, seed=1)
+    with pytest.raises(UserError, match="trained with another tokenizer"):
+        runs.run(recipe, tmp_path / "run", other, teacher, KD)
+
+
+def test_a_workdir_of_another_config_is_refused(recipe, data, plain):
+    with pytest.raises(UserError, match=r"holds a run of another config \(optimizer.learning_rate: 0.01 -> 0.02\)"):
+        runs.run(recipe, plain[0], data, "--config.optimizer.learning_rate=0.02")
+
+
+def test_a_teacher_that_changed_is_refused(tmp_path, recipe, data, home):
+    arguments = ("--config.model.num_layers=1", "--config.model.d_model=16")
+    helper = tmp_path / "helper"
+    shutil.copytree(home / "teacher", helper)
+    given = (data, f"--config.teacher.from={helper}", KD, "--config.objective.kd.stop=1")
+    with pytest.raises(UserError):
+        runs.run(recipe, tmp_path / "run", *given, "--config.optimizer.learning_rate=1e30", "--config.max_nonfinite=1")
+    shutil.rmtree(helper)
+    runs.run(recipe, helper, data, *arguments, "--config.seed=5")
+    with pytest.raises(UserError, match="is not the one that the run in"):
+        runs.run(recipe, tmp_path / "run", *given, "--config.optimizer.learning_rate=1e30", "--config.max_nonfinite=1")
