@@ -103,9 +103,7 @@ def _join(params: Any, training: dict[str, Any]) -> TrainState:
     tree = {"model": params}
     if "align" in training:
         tree["align"] = training["align"]
-    return TrainState(
-        training["step"], tree, training["opt_state"], training["skipped"], training["skipped_in_a_row"]
-    )
+    return TrainState(training["step"], tree, training["opt_state"], training["skipped"], training["skipped_in_a_row"])
 
 
 def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:

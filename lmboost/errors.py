@@ -23,7 +23,9 @@ def one_of(field: str, value: str, known: Iterable[str]) -> str:
     """Returns `value` if it is one of `known`, else raises a UserError naming the field."""
     known = list(known)
     if value not in known:
-        raise UserError(f"{field}={value!r} is not known{nearest(str(value), known)}: expected one of {', '.join(known)}.")
+        raise UserError(
+            f"{field}={value!r} is not known{nearest(str(value), known)}: expected one of {', '.join(known)}."
+        )
     return value
 
 

@@ -26,7 +26,9 @@ class Validation:
     batches: of `batch_size` rows, from the beginning of the split; -1 is all of it.
     """
 
-    def __init__(self, model: ModelConfig, spec: str, seq_len: int, batch_size: int, batches: int, mesh: Mesh, block_tokens: int):
+    def __init__(
+        self, model: ModelConfig, spec: str, seq_len: int, batch_size: int, batches: int, mesh: Mesh, block_tokens: int
+    ):
         index, count = sharding.host_share(mesh)
         self._mesh, self._batch_size, self._batches = mesh, batch_size, None if batches == -1 else batches
         self._data = loader.Loader(spec, "validation", seq_len, 0, index, count)

@@ -122,7 +122,10 @@ def _best_tokens(teacher_logits, log_t, kd: Distillation):
     """bool [..., V]: the teacher's top-k and top-p tokens. Tokens that tie with the last one are in."""
     kept = jnp.ones(teacher_logits.shape, bool)
     if 0 < kd.top_k < teacher_logits.shape[-1]:
-        kept &= teacher_logits >= jax.lax.top_k(teacher_logits, kd.top_k)[0][..., -1:]
+        # Per device: left to the partitioner, some backends would collect the tokens of all devices for top_k.
+        axes = ("batch",) + (None,) * (teacher_logits.ndim - 1)
+        kth_best = sharding.per_device(lambda z: jax.lax.top_k(z, kd.top_k)[0][..., -1:], (axes,), axes)
+        kept &= teacher_logits >= kth_best(teacher_logits)
     if kd.top_p < 1:
         falling = -jnp.sort(-jnp.exp(log_t), axis=-1)
         before = jnp.cumsum(falling, axis=-1) - falling
@@ -151,7 +154,16 @@ def project(h, head: Head, vocab_size: int | None = None, rows: int | None = Non
 
 
 def blend(
-    h_BxTxD, head: Head, targets, weights, coefficients=None, *, block_tokens: int, kd=None, teacher_h=None, teacher=None
+    h_BxTxD,
+    head: Head,
+    targets,
+    weights,
+    coefficients=None,
+    *,
+    block_tokens: int,
+    kd=None,
+    teacher_h=None,
+    teacher=None,
 ) -> Sums:
     """Sums over tokens of weights * (c.ce * ce + c.kd * kd + c.z * log(Z)^2) and of each term alone.
 
@@ -203,10 +215,11 @@ def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
     def one_block(carry, block):
         sums, kernel_gradient_SxDxV = carry
         h_SxBxTxD, labels, w, teacher_h_SxBxTxD = block
-        logits = project(h_SxBxTxD, head)
+        logits = sharding.constrain(project(h_SxBxTxD, head), ("batch", None, None, "vocab"))
         teacher_logits = None
         if kd is not None:
             teacher_logits = project(teacher_h_SxBxTxD, teacher, vocab_size, logits.shape[-1])
+            teacher_logits = sharding.constrain(teacher_logits, ("batch", None, None, "vocab"))
 
         def weigh(logits):
             ce, divergence, z = (jnp.sum(w * x) for x in token_terms(logits, labels, teacher_logits, kd))

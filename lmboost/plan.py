@@ -205,9 +205,7 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
     return train_data, validation_data
 
 
-def _helper(
-    config: ConfigDict, field: str, path: str, step: int, active: frozenset[str], platform: str
-) -> Helper:
+def _helper(config: ConfigDict, field: str, path: str, step: int, active: frozenset[str], platform: str) -> Helper:
     if not path:
         raise UserError(
             f"{field} is empty, but the objective asks for help ({', '.join(sorted(active))}): give a run or a "

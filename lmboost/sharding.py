@@ -113,7 +113,7 @@ def per_device(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: 
 
 
 def shards(axis: str) -> int:
-    """Into how many parts the mesh in use splits this logical axis, where it divides (1 without a mesh)."""
+    """Into how many parts the mesh in use splits a logical axis that it divides (1 without a mesh)."""
     mesh, rule = jax.sharding.get_abstract_mesh(), RULES[axis]
     names = (rule,) if isinstance(rule, str) else rule or ()
     return int(np.prod([mesh.shape.get(n, 1) for n in names], dtype=int))

@@ -102,7 +102,9 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer
     shardings = sharding.tree_sharding(like, mesh)
     own, resume, init = checkpointer.latest_step, c.resume["from"], c.init["from"]
     if own is not None or resume:
-        directory = checkpointer.directory / str(own) if own is not None else checkpoint.find(resume, field="resume.from")
+        directory = (
+            checkpointer.directory / str(own) if own is not None else checkpoint.find(resume, field="resume.from")
+        )
         state, position = checkpoint.restore_state(directory, like, shardings)
         step = position["step"]
         if position != run.position(step):

@@ -103,9 +103,7 @@ def make_train_step(
         h_teacher, guides = jax.lax.stop_gradient(help_from_teacher(helpers.get("teacher"), batch))
         lam, maps = objective.align_weight(step), params.get("align", {})
         taps = {
-            s: align.tap(
-                target, weights, objective.align, lam, probes[str(s)], jax.lax.stop_gradient(maps.get(str(s)))
-            )
+            s: align.tap(target, weights, objective.align, lam, probes[str(s)], jax.lax.stop_gradient(maps.get(str(s))))
             for s, target in guides.items()
         }
         h, captured = _forward(student, params["model"], batch, capture=guides, taps=taps)

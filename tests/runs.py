@@ -11,7 +11,7 @@ from lmboost.config import load
 from lmboost.data.prepare import prepare
 
 ROOT = pathlib.Path(__file__).parent.parent
-RECIPE = '''
+RECIPE = """
 from lmboost import config
 from lmboost.models.transformer import ModelConfig
 
@@ -28,7 +28,7 @@ def get_config(variant=""):
         c.objective.align.weight, c.objective.align.stop = 0.5, 0.5
         c.objective.select.candidates, c.objective.select.stop = 2, 0.25
     return c
-'''
+"""
 
 
 def write_recipe(directory: pathlib.Path) -> str:

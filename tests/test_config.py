@@ -51,8 +51,10 @@ def test_values_take_the_type_of_the_default(recipe):
 @pytest.mark.parametrize(
     ("flag", "value"),
     [
-        ("--config.log.tensorboard", True), ("--noconfig.log.tensorboard", False), ("--config.log.tensorboard=true", True),
-        ("--config.log.tensorboard=False", False), ("--config.log.tensorboard=0", False), ("--config.log.tensorboard=1", True),
+        ("--config.log.tensorboard", True), ("--noconfig.log.tensorboard", False),
+        ("--config.log.tensorboard=true", True),
+        ("--config.log.tensorboard=False", False), ("--config.log.tensorboard=0", False),
+        ("--config.log.tensorboard=1", True),
     ],
 )  # fmt: skip
 def test_forms_of_a_bool(recipe, flag, value):

@@ -32,8 +32,6 @@ KDS = {
 }
 
 
-
-
 @functools.cache
 def inputs():
     rng = np.random.default_rng(0)

@@ -137,7 +137,11 @@ def test_the_teacher_is_freed_at_the_hand_over(home, recipe, data, teacher, monk
 
 
 def test_without_weight_it_is_bitwise_the_plain_run(home, recipe, data, teacher, plain):
-    off = ("--config.objective.kd.weight=0", "--config.objective.align.weight=0", "--config.objective.select.candidates=1")
+    off = (
+        "--config.objective.kd.weight=0",
+        "--config.objective.align.weight=0",
+        "--config.objective.select.candidates=1",
+    )
     state = runs.run(f"{recipe}:helped", home / "off", data, teacher, *off)
     assert same(state, plain[1])
 
@@ -183,7 +187,10 @@ def _only_training(stopping, put):
 
 
 def kill_and_restart(kills, seconds, tmp_path, recipe, data, teacher, expected):
-    draw, arguments = random.Random(0), (f"{recipe}:helped", tmp_path / "run", data, teacher, "--config.checkpoint.every=1")
+    draw, arguments = (
+        random.Random(0),
+        (f"{recipe}:helped", tmp_path / "run", data, teacher, "--config.checkpoint.every=1"),
+    )
     for _ in range(kills):
         process = runs.start(*arguments)
         time.sleep(draw.uniform(*seconds))
@@ -240,7 +247,9 @@ def test_a_full_disk_names_itself_and_spares_the_checkpoint_before(tmp_path, rec
 def test_a_user_error_is_one_message_and_exit_status_2(tmp_path, recipe):
     process = runs.start(recipe, tmp_path / "run", "--config.optimizer.learningrate=1")
     output, _ = process.communicate()
-    assert process.returncode == 2 and output.startswith("error: ") and "did you mean 'optimizer.learning_rate'" in output
+    assert (
+        process.returncode == 2 and output.startswith("error: ") and "did you mean 'optimizer.learning_rate'" in output
+    )
     assert "Traceback" not in output and not (tmp_path / "run").exists()
     process = runs.start(recipe, tmp_path / "run", "--config.optimizer.learningrate=1", "--traceback")
     output, _ = process.communicate()

@@ -49,7 +49,7 @@ def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str) ->
     """
     if implementation.startswith("splash"):
         return _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation == "splash_interpret")
-    mask_Bx1xTxT = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    mask_Bx1xTxT = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(
         q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, mask=mask_Bx1xTxT, is_causal=True,
         implementation="cudnn" if implementation == "cudnn" else "xla",

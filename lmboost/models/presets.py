@@ -12,17 +12,17 @@ from lmboost.models.transformer import ModelConfig
 
 def _gpt2(layers: int, width: int, heads: int) -> ModelConfig:
     return ModelConfig(
-        vocab_size=50257, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-        mlp_dim=4 * width, max_seq_len=1024, norm="layernorm", position="learned", mlp="gelu_tanh",
-        qkv_bias=True, attn_out_bias=True, mlp_bias=True, tie_embeddings=True,
+        vocab_size=50257, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads,
+        head_dim=width // heads, mlp_dim=4 * width, max_seq_len=1024, norm="layernorm", position="learned",
+        mlp="gelu_tanh", qkv_bias=True, attn_out_bias=True, mlp_bias=True, tie_embeddings=True,
     )  # fmt: skip
 
 
 def _pythia(layers: int, width: int, heads: int, vocab: int = 50304) -> ModelConfig:
     return ModelConfig(
-        vocab_size=vocab, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads, head_dim=width // heads,
-        mlp_dim=4 * width, max_seq_len=2048, norm="layernorm", rope_fraction=0.25, mlp="gelu", parallel_residual=True,
-        qkv_bias=True, attn_out_bias=True, mlp_bias=True,
+        vocab_size=vocab, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads,
+        head_dim=width // heads, mlp_dim=4 * width, max_seq_len=2048, norm="layernorm", rope_fraction=0.25,
+        mlp="gelu", parallel_residual=True, qkv_bias=True, attn_out_bias=True, mlp_bias=True,
     )  # fmt: skip
 
 

@@ -131,7 +131,11 @@ class Attention(nn.Module):
                 (heads, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype, kernel_init=_normal(c), name=name
             )(x_BxTxD)
 
-        q_BxTxHxN, k_BxTxKxN, v_BxTxKxN = project("q", c.num_heads), project("k", c.num_kv_heads), project("v", c.num_kv_heads)
+        q_BxTxHxN, k_BxTxKxN, v_BxTxKxN = (
+            project("q", c.num_heads),
+            project("k", c.num_kv_heads),
+            project("v", c.num_kv_heads),
+        )
         if c.qk_norm != "none":
             q_BxTxHxN, k_BxTxKxN = self._normalise(q_BxTxHxN, "q_norm"), self._normalise(k_BxTxKxN, "k_norm")
         if c.position == "rope":
@@ -139,10 +143,17 @@ class Attention(nn.Module):
         if c.scale_attn_by_layer:
             q_BxTxHxN = q_BxTxHxN / (layer + 1).astype(q_BxTxHxN.dtype)
         q_BxTxHxN = sharding.constrain(q_BxTxHxN, ("batch", "length", "heads", None))
-        k_BxTxKxN, v_BxTxKxN = (sharding.constrain(x, ("batch", "length", "kv_heads", None)) for x in (k_BxTxKxN, v_BxTxKxN))
+        k_BxTxKxN, v_BxTxKxN = (
+            sharding.constrain(x, ("batch", "length", "kv_heads", None)) for x in (k_BxTxKxN, v_BxTxKxN)
+        )
         y_BxTxHxN = attention.attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, c.attention)
         return nn.DenseGeneral(
-            c.d_model, axis=(-2, -1), use_bias=c.attn_out_bias, dtype=c.dtype, kernel_init=_normal(c, residual=True), name="o"
+            c.d_model,
+            axis=(-2, -1),
+            use_bias=c.attn_out_bias,
+            dtype=c.dtype,
+            kernel_init=_normal(c, residual=True),
+            name="o",
         )(y_BxTxHxN)
 
     def _normalise(self, x_BxTxHxN, name):
@@ -243,7 +254,9 @@ class Transformer(nn.Module):
           (h_BxTxD after the final norm, {state: [B, T, D] before the final norm}), in the compute dtype.
         """
         c, taps = self.config, taps or {}
-        x_BxTxD = self.embed(tokens)
+        # The table is gathered over fsdp before it is looked up: otherwise the rows of the batch would be.
+        table_VxD = sharding.constrain(self.embed.embedding.astype(c.dtype), ("vocab", None))
+        x_BxTxD = jnp.take(table_VxD, tokens, axis=0)
         if c.position == "learned":
             x_BxTxD = x_BxTxD + self.position_embed(positions + c.position_offset)
         x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "act_embed"))
@@ -294,7 +307,9 @@ def init(config: ModelConfig, rng: jax.Array) -> Mapping[str, Any]:
 
 def apply(config: ModelConfig, params, tokens, segment_ids, positions, capture=(), taps=None):
     """`Transformer.__call__` on a parameter tree."""
-    return Transformer(config).apply({"params": params}, tokens, segment_ids, positions, capture=tuple(capture), taps=taps)
+    return Transformer(config).apply(
+        {"params": params}, tokens, segment_ids, positions, capture=tuple(capture), taps=taps
+    )
 
 
 def apply_rope(x_BxTxHxN: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
