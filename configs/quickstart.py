@@ -24,25 +24,26 @@ VARIANTS = ("helped", "plain", "teacher", "tiny")
 
 # 1.18M parameters besides the embedding; the teacher has half as many.
 STUDENT = ModelConfig(
-    vocab_size=2048, num_layers=6, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=512, max_seq_len=256,
-    mlp="gelu", tie_embeddings=True, dtype="float32",
+    vocab_size=2048, num_layers=6, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=344, max_seq_len=128,
+    tie_embeddings=True, dtype="float32", remat="dots",
 )  # fmt: skip
-TEACHER = {"num_layers": 5, "d_model": 96, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 384}
+TEACHER = {"num_layers": 4, "d_model": 96, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 256}
 
 
 def get_config(variant=""):
     v = config.variants(variant, VARIANTS)
 
     c = config.base()
-    c.steps, c.batch_size, c.seq_len = 1500, 4, 256
+    c.steps, c.batch_size, c.seq_len = 700, 8, 128
+    c.objective.block_tokens = 512
     c.model = config.model(STUDENT, **(TEACHER if "teacher" in v else {}))
     if not v & {"plain", "teacher"}:
         kd, align = c.objective.kd, c.objective.align
         kd.weight, kd.temperature, kd.handover, kd.stop = 0.5, 1.0, "hard", 0.3
         align.weight, align.scale, align.pairs, align.stop = 1.0, "ratio", "half:last", 0.3
         c.teacher.dtype = "float32"
-    c.optimizer.learning_rate, c.optimizer.warmup_steps = 4e-3, 75
-    c.checkpoint.every, c.eval.every = 500, 150
+    c.optimizer.learning_rate, c.optimizer.warmup_steps = 4e-3, 50
+    c.checkpoint.every, c.eval.every, c.eval.batches = 350, 50, 16
     if "tiny" in v:
         c.model = config.model(tiny(STUDENT, layers=2 if "teacher" in v else 4))
         c.steps, c.batch_size, c.seq_len, c.optimizer.warmup_steps = 8, 8, 64, 2

@@ -1,6 +1,6 @@
 """SALT (arXiv 2410.18779): a 2.8B model, helped by a 1.5B one through the first 17% of its steps.
 
-Command, once the Pile is prepared with the GPT-NeoX tokenizer:
+Command, once the Pile is prepared with the GPT-NeoX tokenizer (and --record_tokens=10240, a multiple of 1280):
   python -m lmboost.train --config=configs/salt_2p8b.py:teacher --config.data.train=PILE --workdir=RUNS/salt-1.5b
   python -m lmboost.train --config=configs/salt_2p8b.py --config.data.train=PILE \\
     --config.teacher.from=RUNS/salt-1.5b --workdir=RUNS/salt-2.8b

@@ -1,6 +1,6 @@
 """SALT (arXiv 2410.18779): an 8.6B model, helped by a 2.8B one through the first 17% of its steps.
 
-Command, once the Pile is prepared with the GPT-NeoX tokenizer:
+Command, once the Pile is prepared with the GPT-NeoX tokenizer (and --record_tokens=10240, a multiple of 1280):
   python -m lmboost.train --config=configs/salt_8p6b.py:teacher --config.data.train=PILE --workdir=RUNS/salt-2.8b
   python -m lmboost.train --config=configs/salt_8p6b.py --config.data.train=PILE \\
     --config.teacher.from=RUNS/salt-2.8b --workdir=RUNS/salt-8.6b

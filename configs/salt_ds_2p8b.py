@@ -1,7 +1,8 @@
 """SALT_DS (arXiv 2410.18779): SALT on 2.8B, whose first stage trains on sequences that a 1.5B model picks.
 
 The picked sequences are challenging yet learnable for an *early* checkpoint of the small model; its last
-checkpoint is the teacher. Command, once the Pile is prepared with the GPT-NeoX tokenizer:
+checkpoint is the teacher. Command, once the Pile is prepared with the GPT-NeoX tokenizer (and --record_tokens=10240, a
+multiple of 1280):
   python -m lmboost.train --config=configs/salt_ds_2p8b.py:teacher --config.data.train=PILE --workdir=RUNS/salt-1.5b
   python -m lmboost.train --config=configs/salt_ds_2p8b.py --config.data.train=PILE \\
     --config.teacher.from=RUNS/salt-1.5b --config.objective.select.scorer=RUNS/salt-1.5b --workdir=RUNS/salt-ds-2.8b

@@ -110,7 +110,7 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
     """The whole state in a checkpoint directory, and its data position. Raises a UserError on other shapes."""
     parts = []
     for name, tree, places in zip(("params", "training"), _split(like), _split(shardings), strict=True):
-        parts.append(_restore_tree(directory / name, tree, places))
+        parts.append(_restore_tree(directory, name, tree, places))
     position = json.loads((directory / "position" / "metadata").read_text())
     return _join(*parts), position
 
@@ -144,30 +144,27 @@ def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "floa
     another shape.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
-    return _restore_tree(directory / "params", like, sharding.tree_sharding(like, mesh))
+    return _restore_tree(directory, "params", like, sharding.tree_sharding(like, mesh))
 
 
-def _restore_tree(directory: epath.Path, like: Any, shardings: Any) -> Any:
-    with ocp.StandardCheckpointer() as checkpointer:
-        found = dict(_named(tree_metadata(directory)))
-        wanted = dict(_named(like))
-        for name in sorted({*found, *wanted}):
-            if name not in found or name not in wanted:
-                where = "is missing in" if name in wanted else "is left over in"
-                raise UserError(f"parameter {name!r} {where} {directory}: it belongs to another model or optimizer.")
-            if tuple(found[name].shape) != tuple(wanted[name].shape):
-                raise UserError(
-                    f"parameter {name!r} has shape {tuple(found[name].shape)} in {directory}, but the config "
-                    f"asks for {tuple(wanted[name].shape)}: give the config of the checkpoint's model."
-                )
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
-        return checkpointer.restore(directory, target)
+def _restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -> Any:
+    found, wanted = dict(_named(tree_metadata(directory, item))), dict(_named(like))
+    for name in sorted({*found, *wanted}):
+        if name not in found or name not in wanted:
+            where = "is missing in" if name in wanted else "is left over in"
+            raise UserError(f"parameter {name!r} {where} {directory}: it belongs to another model or optimizer.")
+        if tuple(found[name].shape) != tuple(wanted[name].shape):
+            raise UserError(
+                f"parameter {name!r} has shape {tuple(found[name].shape)} in {directory}, but the config "
+                f"asks for {tuple(wanted[name].shape)}: give the config of the checkpoint's model."
+            )
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+    return ocp.StandardCheckpointHandler().restore(directory / item, args=ocp.args.StandardRestore(target))
 
 
-def tree_metadata(directory: epath.Path) -> Any:
-    """The tree in a checkpoint's directory, with a shape and a dtype for each leaf; reads no arrays."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.metadata(directory).item_metadata.tree
+def tree_metadata(directory: epath.Path, item: str) -> Any:
+    """The tree of a checkpoint's item ("params", "training"), with shapes and dtypes; reads no arrays."""
+    return ocp.StandardCheckpointHandler().metadata(directory / item).tree
 
 
 def _named(tree: Any) -> Iterator[tuple[str, Any]]:

@@ -156,7 +156,7 @@ def load_recipe(recipe: str) -> ConfigDict:
     try:
         spec.loader.exec_module(module)
         return module.get_config(variant) if variant else module.get_config()
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, ImportError, KeyError, SyntaxError, TypeError) as error:
         message = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'").replace("\n", " ")
         raise UserError(f"--config={recipe} does not load: {message}") from error
 

@@ -1,4 +1,4 @@
-"""What a config asks for, checked: everything that can be wrong is found here, before anything is compiled or written."""
+"""What a config asks for, checked: what can be wrong is found here, before anything is compiled or written."""
 
 import dataclasses
 import json

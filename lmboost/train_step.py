@@ -149,7 +149,7 @@ def make_train_step(
         (grads, probes), (sums, align_sum) = accumulated(state.params, helpers, batch, state.step)
         tokens = jnp.maximum(sums.count, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

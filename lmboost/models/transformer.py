@@ -9,6 +9,7 @@ F MLP width, L layers, V vocabulary rows.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -266,16 +267,23 @@ class Transformer(nn.Module):
             return self.block.apply({"params": params}, x, segment_ids, positions, layer), None
 
         layer_step = _remat(layer_step, c.remat)
+        stops = sorted({0, *capture, *taps, c.num_layers})
+        if (stops[0], stops[-1]) != (0, c.num_layers):
+            raise UserError(f"states {stops} are asked for; the model has states 0 to {c.num_layers}.")
         captured = {}
-        stops = sorted({*capture, *taps, 0, c.num_layers})
-        for start, stop in zip([None, *stops], stops, strict=False):
-            if start is not None:
-                params = jax.tree.map(lambda a: a[start:stop], self.layers) if len(stops) > 2 else self.layers
-                x_BxTxD, _ = jax.lax.scan(layer_step, x_BxTxD, (jnp.arange(start, stop), params))
-            if stop in capture:
-                captured[stop] = x_BxTxD
-            if stop in taps:
-                x_BxTxD = taps[stop](x_BxTxD)
+
+        def visit(state, x):
+            if state in capture:
+                captured[state] = x
+            return taps[state](x) if state in taps else x
+
+        x_BxTxD = visit(0, x_BxTxD)
+        for start, stop in itertools.pairwise(stops):
+            layers = self.layers
+            if stop - start < c.num_layers:
+                layers = jax.tree.map(lambda a, part=slice(start, stop): a[part], layers)
+            x_BxTxD, _ = jax.lax.scan(layer_step, x_BxTxD, (jnp.arange(start, stop), layers))
+            x_BxTxD = visit(stop, x_BxTxD)
         return self.norm_last(x_BxTxD), captured
 
     def norm_last(self, x_BxTxD):
