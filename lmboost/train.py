@@ -10,6 +10,7 @@
 A user error ends with one message and exit status 2.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -41,31 +43,32 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     say(f"student: {transformer.num_params(run.student):,} parameters, mesh {dict(mesh.shape)}")
 
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        # -------------------------------------------------------------- data
+        shard_index, shard_count = sharding.host_share(mesh)
+        data = loader.Loader(c.data.train, "train", c.seq_len, c.seed, shard_index, shard_count, c.data.workers)
+        validate = evaluate.Validation(
+            run.student, c.data.validation or c.data.train, c.seq_len, c.batch_size, c.eval.batches, mesh,
+            c.objective.block_tokens,
+        )  # fmt: skip
+
         # -------------------------------------------------------------- state and helpers
         teacher = run.teacher.model if run.teacher else None
         shapes = jax.eval_shape(lambda: init_params(run.student, run.objective, c.seed, teacher))
         tx, learning_rate = optimizers.make_optimizer(c.optimizer, c.steps, shapes)
         checkpointer = checkpoint.Checkpointer(workdir, c.checkpoint.keep, c.checkpoint.keep_every)
+        closing.callback(checkpointer.close)
         state, start = _start(run, mesh, tx, checkpointer, say)
         if start >= c.steps:
             say(f"the run in {workdir} is finished: {c.steps} steps")
-            checkpointer.close()
             return state
         helpers = _load_helpers(run, start, mesh, say)
         manifest = _write_manifest(run, helpers, workdir)
-
-        # -------------------------------------------------------------- data and outputs
-        shard_index, shard_count = sharding.host_share(mesh)
-        data = loader.Loader(c.data.train, "train", c.seq_len, c.seed, shard_index, shard_count, c.data.workers)
-        batches = iter(data.batches(run.rows, start, c.steps))
-        validate = evaluate.Validation(
-            run.student, c.data.validation or c.data.train, c.seq_len, c.batch_size, c.eval.batches, mesh,
-            c.objective.block_tokens,
-        )  # fmt: skip
         log = _Log(run, workdir, start)
+        closing.callback(log.close)
 
         # -------------------------------------------------------------- the loop
+        batches = iter(data.batches(run.rows, start, c.steps))
         step_fn = None
         for step in range(start, c.steps):
             helps = run.helps(step)
@@ -87,11 +90,10 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
                 checkpointer.save(state, done, run.position(done), manifest)
 
         # -------------------------------------------------------------- the end
-        log.close()
+        log.flush()
         checkpointer.wait()
-        checkpointer.close()
-        say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
-        return state
+    say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
+    return state
 
 
 def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer, say) -> tuple[TrainState, int]:
@@ -252,7 +254,7 @@ class _Log:
         self._clock = None
 
     def close(self) -> None:
-        self.flush()
+        """Closes the files; what is still pending is not waited for."""
         self._end_profile()
         self._progress.close()
         self._writers.close()
@@ -267,9 +269,20 @@ class _Log:
         return {"tokens": done * c.batch_size * c.seq_len, "flops": self._run.flops(done)}
 
 
+def _quiet_libraries() -> None:
+    """Leaves it to the final error to say what went wrong.
+
+    When a save fails, Orbax logs the traceback before it raises, and TensorStore's own threads print what their
+    callbacks met. Both are told again, shorter, by the error that ends the run.
+    """
+    logging.set_verbosity(logging.FATAL)
+    sys.unraisablehook = lambda _: None
+
+
 def main(argv: list[str]) -> None:
-    c, workdir = config.load([a for a in argv if a != "--traceback"])
-    train(c, workdir)
+    if "--traceback" not in argv:
+        _quiet_libraries()
+    train(*config.load([a for a in argv if a != "--traceback"]))
 
 
 if __name__ == "__main__":

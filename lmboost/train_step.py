@@ -143,7 +143,7 @@ def make_train_step(
         return jax.lax.scan(add, zeros, parts)[0]
 
     def step_fn(state: TrainState, helpers: Mapping[str, Any], batch: Batch):
-        metrics = {}
+        metrics, helpers = {}, jax.lax.stop_gradient(helpers)
         if "select" in helps:
             batch, metrics["kept_fraction"] = _select(objective, scorer, helpers["scorer"], batch, accumulation)
         (grads, probes), (sums, align_sum) = accumulated(state.params, helpers, batch, state.step)

@@ -24,7 +24,7 @@ def get_config(variant=""):
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 1e-2, 2
     c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 2, 4, 2, 1
     if variant == "helped":
-        c.objective.kd.weight, c.objective.kd.stop = 0.5, 0.75
+        c.objective.kd.weight, c.objective.kd.stop = 0.5, 0.5
         c.objective.align.weight, c.objective.align.stop = 0.5, 0.5
         c.objective.select.candidates, c.objective.select.stop = 2, 0.25
     return c
@@ -63,10 +63,13 @@ def command(recipe: str, workdir, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "lmboost.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
 
 
-def start(recipe: str, workdir, *overrides: str, **kwargs) -> subprocess.Popen:
-    """The train verb in a process of its own, in its own process group."""
+def start(recipe: str, workdir, *overrides: str, file_limit_kb: int = 0) -> subprocess.Popen:
+    """The train verb in a process of its own, in its own process group; no file may grow beyond the limit."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    if file_limit_kb:  # is not for the cache of compiled programs
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    limit = ["bash", "-c", f'ulimit -f {file_limit_kb}; exec "$@"', "--"] if file_limit_kb else []
     return subprocess.Popen(
-        command(recipe, workdir, *overrides), env=environment, cwd=ROOT, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **kwargs,
+        [*limit, *command(recipe, workdir, *overrides)], env=environment, cwd=ROOT,
+        text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -49,6 +49,14 @@ def models():
     return {"model": transformer.init(STUDENT, jax.random.key(0))}, transformer.init(TEACHER, jax.random.key(1))
 
 
+def oracle(batch, *arguments):
+    """(loss, gradient) of the dense oracle."""
+    params, teacher_params = models()
+    return jax.jit(lambda p: jax.value_and_grad(dense.loss)(p, teacher_params, batch, STUDENT, TEACHER, *arguments))(
+        params["model"]
+    )
+
+
 def objective(weight=0.0, lam=0.0, **fields):
     base = {
         "kd": Distillation(), "align": None, "select": Selection(),
@@ -91,9 +99,7 @@ def test_a_step_with_kd_equals_the_dense_oracle(mesh):
     """Every kd option is checked in test_objective.py; here the whole step, on 1 and on 8 devices."""
     kd, batch = Distillation(top_k=5), make_batch()
     params, teacher_params = models()
-    expected, gradient = jax.value_and_grad(dense.loss)(
-        params["model"], teacher_params, batch, STUDENT, TEACHER, kd, 0.6, 0.4, 1e-3
-    )
+    expected, gradient = oracle(batch, kd, 0.6, 0.4, 1e-3)
     obj = dataclasses.replace(objective(0.6, kd=kd, z_loss=1e-3), block_tokens=32)
     found, metrics = run_step(obj, {"kd"}, batch, mesh=mesh and sharding.make_mesh(*MESHES[mesh]))
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
@@ -113,9 +119,7 @@ ALIGNMENTS = {
 def test_plain_alignment_equals_the_dense_oracle(name):
     alignment, batch = ALIGNMENTS[name], make_batch()
     params, teacher_params = models()
-    expected, gradient = jax.value_and_grad(dense.loss)(
-        params["model"], teacher_params, batch, STUDENT, TEACHER, Distillation(), 0.5, 0.5, 0.0, alignment, 0.7
-    )
+    expected, gradient = oracle(batch, Distillation(), 0.5, 0.5, 0.0, alignment, 0.7)
     found, metrics = run_step(objective(0.5, 0.7, align=alignment), {"kd", "align"}, batch)
     assert_close(found["model"], gradient)
     if "centred" not in name:
@@ -163,9 +167,7 @@ def test_selection_trains_on_the_oracle_s_best_rows(name, mesh):
     scores = dense.score(teacher_params, candidates, TEACHER, selection)
     best = np.sort(np.argsort(-scores, kind="stable")[: selection.kept_rows(ROWS)])
     chosen = {k: x[best] for k, x in candidates.items()}
-    expected, gradient = jax.value_and_grad(dense.loss)(
-        params["model"], teacher_params, chosen, STUDENT, TEACHER, Distillation(), 0.5, 0.5, 0.0
-    )
+    expected, gradient = oracle(chosen, Distillation(), 0.5, 0.5, 0.0)
     mesh = mesh and sharding.make_mesh(*MESHES[mesh])
     found, metrics = run_step(objective(0.5, select=selection), {"kd", "select"}, candidates, mesh=mesh)
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
