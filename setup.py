@@ -18,7 +18,7 @@ setup(
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
     extras_require={
         "tpu": ["jax[tpu]"],
-        "gpu": ["jax[cuda13]"],
+        "gpu": ["jax[cuda12]"],
         "notebook": ["ipykernel"],
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
         "test": ["pytest", "hypothesis", "ruff", "jax[tpu]; sys_platform == 'linux'"],

@@ -39,8 +39,8 @@ def get_config(variant=""):
     c.model = config.model(STUDENT, **(TEACHER if "teacher" in v else {}))
     if not v & {"plain", "teacher"}:
         kd, align = c.objective.kd, c.objective.align
-        kd.weight, kd.temperature, kd.handover, kd.stop = 0.5, 1.0, "hard", 0.3
-        align.weight, align.scale, align.pairs, align.stop = 1.0, "ratio", "half:last", 0.3
+        kd.weight, kd.temperature, kd.handover, kd.stop = 0.5, 1.0, "hard", 0.15
+        align.weight, align.scale, align.pairs, align.stop = 2.0, "ratio", "half:last", 0.6
         c.teacher.dtype = "float32"
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 4e-3, 50
     c.checkpoint.every, c.eval.every, c.eval.batches = 350, 50, 16

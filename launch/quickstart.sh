@@ -31,7 +31,7 @@ if [ -n "$extra" ]; then  # an accelerator computes in bfloat16
 fi
 train() { python -m lmboost.train --config=configs/quickstart.py:"$1" --workdir="$out/$1" "${@:2}" "${overrides[@]}"; }
 
-python -m lmboost.prepare --source=stdlib --tokenizer=train:2048 --out="$out/data"
+python -m lmboost.prepare --source=stdlib --tokenizer=train:2048 --validation_fraction=0.05 --out="$out/data"
 train teacher
 train plain
 train helped --config.teacher.from="$out/teacher"

@@ -68,7 +68,8 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
         closing.callback(log.close)
 
         # -------------------------------------------------------------- the loop
-        batches = iter(data.batches(run.rows, start, c.steps))
+        batches = data.batches(run.rows, start, c.steps)
+        closing.callback(batches.close)
         step_fn = None
         for step in range(start, c.steps):
             helps = run.helps(step)
@@ -143,8 +144,10 @@ def _load_helpers(run: plan.Plan, step: int, mesh: Mesh, say) -> dict[str, Any]:
     loaded, dtype = {}, run.config.teacher.dtype
     for name in sorted(_helpers_needed(run, step)):
         helper = getattr(run, name)
-        if name == "scorer" and run.teacher and helper.directory == run.teacher.directory and "teacher" in loaded:
-            loaded[name] = loaded["teacher"]
+        same = [other for other in loaded if getattr(run, other).directory == helper.directory]
+        if same:
+            loaded[name] = loaded[same[0]]
+            say(f"{name}: the same parameters as the {same[0]}")
             continue
         init = functools.partial(transformer.init, helper.model, jax.random.key(run.config.seed + 1))
         like = jax.eval_shape(init)

@@ -121,16 +121,18 @@ def _mesh():
     return sharding.make_mesh()
 
 
-def test_the_teacher_is_freed_at_the_hand_over(home, recipe, data, teacher, monkeypatch):
-    seen, compiled = {}, train._compile
+def test_the_teacher_is_freed_at_the_hand_over_and_nothing_is_compiled_twice(home, recipe, data, teacher, monkeypatch):
+    seen, steps, compiled = {}, [], train._compile
 
     def spy(run, tx, learning_rate, helps, state):
         seen[helps] = sum(x.dtype == jnp.bfloat16 for x in jax.live_arrays())
-        return compiled(run, tx, learning_rate, helps, state)
+        steps.append(compiled(run, tx, learning_rate, helps, state))
+        return steps[-1]
 
     monkeypatch.setattr(train, "_compile", spy)
     runs.run(f"{recipe}:helped", home / "freed", data, teacher)
     assert seen[frozenset({"kd", "align"})] > 0 and seen[frozenset()] == 0
+    assert [step._cache_size() for step in steps] == [1, 1, 1]
 
 
 def test_without_weight_it_is_bitwise_the_plain_run(home, recipe, data, teacher, plain):
