@@ -54,7 +54,7 @@ class Checkpointer:
             position=ocp.args.JsonSave(position),
             manifest=ocp.args.JsonSave(manifest),
         )
-        with self._failures_named(f"the checkpoint of step {step}"):
+        with self._failures_named(f"the checkpoint of step {step}, or the one before it,"):
             self._manager.save(step, args=items)
 
     def restore(self, step: int, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:

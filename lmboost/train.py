@@ -13,14 +13,15 @@ A user error ends with one message and exit status 2.
 import contextlib
 import functools
 import json
+import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import absl.logging
 import jax
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -275,10 +276,11 @@ class _Log:
 def _quiet_libraries() -> None:
     """Leaves it to the final error to say what went wrong.
 
-    When a save fails, Orbax logs the traceback before it raises, and TensorStore's own threads print what their
-    callbacks met. Both are told again, shorter, by the error that ends the run.
+    When a save fails, Orbax and asyncio log tracebacks before it raises, and TensorStore's own threads print what
+    their callbacks met. All of it is told again, shorter, by the error that ends the run.
     """
-    logging.set_verbosity(logging.FATAL)
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda _: None
 
 

@@ -232,7 +232,9 @@ def test_a_user_error_is_one_message_and_exit_status_2(tmp_path, recipe):
     process = runs.start(recipe, tmp_path / "run", "--config.optimizer.learningrate=1")
     output, _ = process.communicate()
     assert (
-        process.returncode == 2 and output.startswith("error: ") and "did you mean 'optimizer.learning_rate'" in output
+        process.returncode == 2
+        and output.splitlines()[-1].startswith("error: ")
+        and "did you mean 'optimizer.learning_rate'" in output
     )
     assert "Traceback" not in output and not (tmp_path / "run").exists()
     process = runs.start(recipe, tmp_path / "run", "--config.optimizer.learningrate=1", "--traceback")
