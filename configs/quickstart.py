@@ -6,12 +6,15 @@ Commands, once some text is prepared with a vocabulary of 2,048:
   python -m lmboost.train --config=configs/quickstart.py:helped --config.data.train=DATA \\
     --config.teacher.from=RUNS/teacher --workdir=RUNS/helped
 
-Variants: helped (and none): soft labels and alignment through the first 30% of the steps; plain: no teacher; teacher:
-the small model. With ",tiny" (as in :helped,tiny) the same switches in seconds.
+Variants: helped (and none): soft labels through the first 15% of the steps, alignment through the first 60%; plain: no
+teacher; teacher: the small model. With ",tiny" (as in :helped,tiny) the same switches in seconds.
 
-Expected (our toy pilots: 1,500 steps of source code and plays, throw-away code, seed noise 0.01), with a teacher worse
-than the plain student's end: plain 3.59 to 3.60 nats per token; soft labels alone 3.49 to 3.50 in 0.77 of the steps;
-alignment alone 3.39 to 3.41 in 0.65 of the steps. With a strong teacher, both together 3.23 in 0.51 of the steps.
+Measured once (seed 0, the standard library of Python 3.11, two CPU cores), final validation loss in nats per token:
+teacher 4.083, plain 4.028, helped 3.876, which reaches plain's final loss after 0.76 of its tokens.
+
+Query and key norms, b2 = 0.98 and a long warm-up are there for the plain run's sake: with b2 = 0.95, a warm-up of 50
+steps and no such norms it ends at 4.21, and then anything that holds back the first steps helps, an untrained
+teacher as much as a trained one.
 
 Hardware: two CPU cores, some minutes for each run.
 """
@@ -25,7 +28,7 @@ VARIANTS = ("helped", "plain", "teacher", "tiny")
 # 1.18M parameters besides the embedding; the teacher has half as many.
 STUDENT = ModelConfig(
     vocab_size=2048, num_layers=6, d_model=128, num_heads=4, num_kv_heads=4, head_dim=32, mlp_dim=344, max_seq_len=128,
-    tie_embeddings=True, dtype="float32", remat="dots",
+    qk_norm="head", tie_embeddings=True, dtype="float32", remat="dots",
 )  # fmt: skip
 TEACHER = {"num_layers": 4, "d_model": 96, "num_heads": 3, "num_kv_heads": 3, "mlp_dim": 256}
 
@@ -42,7 +45,7 @@ def get_config(variant=""):
         kd.weight, kd.temperature, kd.handover, kd.stop = 0.5, 1.0, "hard", 0.15
         align.weight, align.scale, align.pairs, align.stop = 2.0, "ratio", "half:last", 0.6
         c.teacher.dtype = "float32"
-    c.optimizer.learning_rate, c.optimizer.warmup_steps = 4e-3, 50
+    c.optimizer.learning_rate, c.optimizer.warmup_steps, c.optimizer.b2 = 4e-3, 200, 0.98
     c.checkpoint.every, c.eval.every, c.eval.batches = 350, 50, 16
     if "tiny" in v:
         c.model = config.model(tiny(STUDENT, layers=2 if "teacher" in v else 4))
