@@ -167,6 +167,8 @@ def _check_numbers(config: ConfigDict, num_devices: int) -> None:
     for field in ("steps", "batch_size", "seq_len", "accumulation", "log.every", "checkpoint.every", "checkpoint.keep"):
         if (value := configs.flatten(config)[field]) < 1:
             raise UserError(f"{field}={value} must be at least 1.")
+    if config.eval.batches < 1 and config.eval.batches != -1:
+        raise UserError(f"eval.batches={config.eval.batches} must be at least 1, or -1 for the whole split.")
     sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, num_devices)
     shards = sizes[0] * sizes[1]
     if config.batch_size % (shards * config.accumulation):
