@@ -48,6 +48,5 @@ def get_config(variant=""):
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 3e-4, 500
     c.mesh.data, c.mesh.fsdp = 1, -1
     if "tiny" in v:
-        c.steps, c.batch_size, c.seq_len, c.optimizer.warmup_steps = 8, 8, 64, 2
-        c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 4, 4, 2, 1
+        config.shrink(c)
     return c

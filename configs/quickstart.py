@@ -49,6 +49,5 @@ def get_config(variant=""):
     c.checkpoint.every, c.eval.every, c.eval.batches = 350, 50, 16
     if "tiny" in v:
         c.model = config.model(tiny(STUDENT, layers=2 if "teacher" in v else 4))
-        c.steps, c.batch_size, c.seq_len, c.optimizer.warmup_steps = 8, 8, 64, 2
-        c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 4, 4, 2, 1
+        config.shrink(c)
     return c

@@ -40,6 +40,5 @@ def get_config(variant=""):
     c.mesh.data, c.mesh.fsdp = 1, -1
     c.checkpoint.every, c.eval.every = 2000, 2000
     if "tiny" in v:
-        c.steps, c.batch_size, c.seq_len, c.optimizer.warmup_steps = 8, 8, 64, 2
-        c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 4, 4, 2, 1
+        config.shrink(c)
     return c

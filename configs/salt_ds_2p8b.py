@@ -49,8 +49,7 @@ def get_config(variant=""):
     if "teacher" in v:
         c.checkpoint.keep_every = EARLY
     if "tiny" in v:
-        c.steps, c.batch_size, c.seq_len, c.optimizer.warmup_steps = 8, 8, 64, 2
-        c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 2, 4, 2, 1
-        c.checkpoint.keep_every = 2
+        config.shrink(c)
+        c.checkpoint.every = c.checkpoint.keep_every = 2
         c.objective.select.scorer_step = 2
     return c

@@ -116,6 +116,12 @@ def model(config: ModelConfig | None = None, **changes) -> ConfigDict:
     return ConfigDict(dataclasses.asdict(dataclasses.replace(config or ModelConfig(), **changes)))
 
 
+def shrink(c: ConfigDict) -> None:
+    """Makes a recipe's run last seconds on a CPU; its model is the recipe's to shrink (presets.tiny)."""
+    c.steps, c.batch_size, c.seq_len, c.optimizer.warmup_steps = 8, 8, 64, 2
+    c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 4, 4, 2, 1
+
+
 def load(argv: Sequence[str]) -> tuple[ConfigDict, str]:
     """Reads `--config=FILE[:VARIANT] --config.a.b=VALUE ... --workdir=DIR`, as ml_collections' flags do.
 

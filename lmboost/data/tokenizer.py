@@ -3,6 +3,7 @@
 Both read and write plain text exactly: `decode(encode(text)) == text` for a tokenizer made by `train`.
 """
 
+import abc
 import functools
 import hashlib
 import io
@@ -28,7 +29,7 @@ _CHUNK_CHARS = 2000
 _SAMPLE_BYTES = 8_000_000
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
     """A tokenizer and the facts about it that the rest of the code needs.
 
     Attributes:
@@ -48,17 +49,17 @@ class Tokenizer:
         """Ids of `text`, int32 [tokens], without bos or eos."""
         return self.encode_batch([text])[0]
 
+    @abc.abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """`encode` of each text."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; ids outside the vocabulary are a UserError."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def pieces(self) -> list[str | None]:
         """The piece of each id; None where an id is unused."""
-        raise NotImplementedError
 
     @functools.cached_property
     def fingerprint(self) -> str:
