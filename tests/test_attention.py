@@ -21,13 +21,14 @@ def inputs(heads, kv_heads, rows=B, length=T, features=N, seed=0):
     return q, k, v, segment_ids
 
 
-def oracle(q, k, v, segment_ids):
+def oracle(q, k, v, segment_ids, window=0):
     """Dense, in float64, one query head at a time."""
     out = np.zeros(q.shape)
     group = q.shape[2] // k.shape[2]
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
         logits = q[b, :, h].astype(float) @ k[b, :, h // group].T.astype(float) / np.sqrt(q.shape[-1])
         allowed = np.tril(segment_ids[b][:, None] == segment_ids[b][None, :])
+        allowed = np.triu(allowed, 1 - window) if window else allowed
         weights = np.exp(np.where(allowed, logits - logits.max(-1, keepdims=True), -np.inf))
         out[b, :, h] = weights / weights.sum(-1, keepdims=True) @ v[b, :, h // group]
     return out
@@ -38,6 +39,13 @@ def oracle(q, k, v, segment_ids):
 def test_equals_the_dense_oracle(implementation, heads, kv_heads):
     args = inputs(heads, kv_heads, rows=2)
     np.testing.assert_allclose(attend(*args, implementation), oracle(*args), atol=2e-5)
+
+
+@pytest.mark.parametrize("window", [1, 20, T, 2 * T])
+@pytest.mark.parametrize("implementation", ["xla", "splash_interpret"])
+def test_a_window_equals_the_dense_oracle(implementation, window):
+    args = inputs(4, 2, rows=2)
+    np.testing.assert_allclose(attend(*args, implementation, window), oracle(*args, window), atol=2e-5)
 
 
 @functools.partial(jax.jit, static_argnames="implementation")

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, H query heads, K key/value heads, N head size
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ def resolve(implementation: str, platform: str, seq_len: int, head_dim: int, dty
     return implementation
 
 
-def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str) -> jax.Array:
+def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str, window: int = 0) -> jax.Array:
     """softmax(q k / sqrt(N)) v over earlier tokens of the same segment.
 
     Args:
@@ -44,19 +45,66 @@ def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str) ->
       segment_ids: int32 [B, T].
       implementation: one of IMPLEMENTATIONS; "auto" stands for "xla" here (`resolve` knows the platform).
         "splash_interpret" runs the TPU kernel in the interpreter, for tests.
+      window: how many tokens a query sees at most, itself included; 0 is no limit.
 
     Returns: [B, T, H, N] in the dtype of q.
     """
     if implementation.startswith("splash"):
-        return _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation == "splash_interpret")
+        return _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation == "splash_interpret", window)
     mask_Bx1xTxT = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(
         q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, mask=mask_Bx1xTxT, is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
         implementation="cudnn" if implementation == "cudnn" else "xla",
     )  # fmt: skip
 
 
-def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool) -> jax.Array:
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, of every layer.
+
+    Attributes:
+      k_LxBxSxKxN, v_LxBxSxKxN: S slots for each sequence, in the compute dtype.
+      index: int32 scalar, slots that are filled; the same for all sequences (shorter ones are padded on the left).
+    """
+
+    k_LxBxSxKxN: jax.Array
+    v_LxBxSxKxN: jax.Array
+    index: jax.Array
+
+    def write(self, layer, k_BxTxKxN, v_BxTxKxN) -> "Cache":
+        """With the next T tokens of one layer; `index` stays until every layer has written."""
+        start = (layer, 0, self.index, 0, 0)
+        k = jax.lax.dynamic_update_slice(self.k_LxBxSxKxN, k_BxTxKxN[None], start)
+        v = jax.lax.dynamic_update_slice(self.v_LxBxSxKxN, v_BxTxKxN[None], start)
+        return Cache(k, v, self.index)
+
+    def advance(self, tokens: int) -> "Cache":
+        return self._replace(index=self.index + tokens)
+
+
+def empty_cache(shape: tuple[int, ...], dtype: str) -> Cache:
+    """A cache of `shape` [L, B, S, K, N] in which nothing is filled."""
+    axes = (None, "batch", None, "kv_heads", None)
+    k, v = (sharding.constrain(jnp.zeros(shape, dtype), axes) for _ in range(2))
+    return Cache(k, v, jnp.int32(0))
+
+
+def attend_cached(q_BxTxHxN, cache: Cache, layer, segment_ids, window: int = 0) -> jax.Array:
+    """As `attend`, for T new tokens whose keys and values `cache` holds from slot `cache.index` on.
+
+    segment_ids: int32 [B, S], of all slots; what a slot beyond the new tokens holds does not matter.
+    """
+    k_BxSxKxN, v_BxSxKxN = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache[:2])
+    tokens, slots = q_BxTxHxN.shape[1], jnp.arange(k_BxSxKxN.shape[1])
+    queries_T = cache.index + jnp.arange(tokens)
+    q_segments = jax.lax.dynamic_slice_in_dim(segment_ids, cache.index, tokens, axis=1)
+    mask_BxTxS = (q_segments[:, :, None] == segment_ids[:, None, :]) & (slots <= queries_T[:, None])
+    if window:
+        mask_BxTxS &= queries_T[:, None] - slots < window
+    return jax.nn.dot_product_attention(q_BxTxHxN, k_BxSxKxN, v_BxSxKxN, mask=mask_BxTxS[:, None])
+
+
+def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, window: int) -> jax.Array:
     """Splash attention, one call per device on its own rows and heads."""
     heads, kv_heads = q_BxTxHxN.shape[2], k_BxTxKxN.shape[2]
     parts = sharding.shards("heads")
@@ -71,7 +119,7 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool) -> ja
     q_BxHxTxN, k_BxKxTxN, v_BxKxTxN = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxHxN * scale, k_BxTxKxN, v_BxTxKxN))
 
     def local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids):
-        kernel = _splash_kernel(groups, q_BxHxTxN.shape[2], interpret)
+        kernel = _splash_kernel(groups, q_BxHxTxN.shape[2], interpret, window)
         heads = k_BxKxTxN.shape[1]
         q_BxKxGxTxN = q_BxHxTxN.reshape(q_BxHxTxN.shape[0], heads, groups, *q_BxHxTxN.shape[2:])
         per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
@@ -90,7 +138,7 @@ def _segments(segment_ids):
     return splash.SegmentIds(q=segment_ids, kv=segment_ids)
 
 
-def _splash_kernel(groups: int, seq_len: int, interpret: bool):
+def _splash_kernel(groups: int, seq_len: int, interpret: bool, window: int):
     """The kernel for `groups` query heads that share one key/value head.
 
     Built in each trace: its tables are constants of that trace, which may be for devices that are not here.
@@ -103,5 +151,7 @@ def _splash_kernel(groups: int, seq_len: int, interpret: bool):
         block_q=block, block_kv=block, block_kv_compute=block,
         block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
     )  # fmt: skip
-    mask = masks.MultiHeadMask([masks.CausalMask((seq_len, seq_len))] * groups)
+    shape = (seq_len, seq_len)
+    one = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0) if window else masks.CausalMask(shape)
+    mask = masks.MultiHeadMask([one] * groups)
     return splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 
 from lmboost import sharding
 from lmboost.errors import UserError, one_of
-from lmboost.models import attention
+from lmboost.models import attention, rope
 
 NORMS = ("rmsnorm", "layernorm", "layernorm_nobias")
 POSITIONS = ("rope", "learned")
 MLPS = ("gelu", "gelu_tanh", "relu", "silu_gated")
 QK_NORMS = ("none", "head", "full")
+NORM_PLACEMENTS = ("pre", "post")
 REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 
@@ -43,6 +44,7 @@ class ModelConfig:
     max_seq_len: int = 1024  # with learned positions: rows of their table
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
+    norm_placement: str = "pre"  # of a layer's two norms: on the sublayer's input, or on its output (OLMo-2)
     final_norm: bool = True
     position: str = "rope"
     position_offset: int = 0  # learned positions: unused rows before position 0 (OPT has 2)
@@ -54,6 +56,7 @@ class ModelConfig:
     rope_original_seq_len: int = 8192
     mlp: str = "silu_gated"
     parallel_residual: bool = False  # x + attn(norm(x)) + mlp(norm(x)), as GPT-NeoX
+    sliding_window: int = 0  # tokens that a query sees, itself included (Mistral); 0 is all before it
     qk_norm: str = "none"  # RMSNorm on queries and keys: per "head" or over the "full" projection
     qkv_bias: bool = False
     attn_out_bias: bool = False
@@ -79,6 +82,7 @@ class ModelConfig:
     def validate(self, field: str = "model") -> "ModelConfig":
         for name, known in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS), ("qk_norm", QK_NORMS)):
             one_of(f"{field}.{name}", getattr(self, name), known)
+        one_of(f"{field}.norm_placement", self.norm_placement, NORM_PLACEMENTS)
         one_of(f"{field}.remat", self.remat, REMATS)
         one_of(f"{field}.dtype", self.dtype, DTYPES)
         one_of(f"{field}.attention", self.attention, attention.IMPLEMENTATIONS)
@@ -89,6 +93,13 @@ class ModelConfig:
             raise UserError(
                 f"{field}.num_heads={self.num_heads} is not a multiple of {field}.num_kv_heads={self.num_kv_heads}: "
                 "every group of query heads shares one key/value head."
+            )
+        if self.sliding_window < 0:
+            raise UserError(f"{field}.sliding_window={self.sliding_window} must be 0 (none) or a number of tokens.")
+        if self.parallel_residual and self.norm_placement == "post":
+            raise UserError(
+                f"{field}.parallel_residual=True needs {field}.norm_placement='pre': attention and MLP then read the "
+                "same normalised input."
             )
         return self
 
@@ -119,12 +130,12 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention within segments; grouped queries."""
+    """Causal self-attention within segments; grouped queries. Returns ([B, T, D], cache), cache None without one."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, segment_ids, positions, layer):
+    def __call__(self, x_BxTxD, segment_ids, positions, layer, cache: attention.Cache | None = None):
         c = self.config
 
         def project(name, heads):
@@ -140,22 +151,27 @@ class Attention(nn.Module):
         if c.qk_norm != "none":
             q_BxTxHxN, k_BxTxKxN = self._normalise(q_BxTxHxN, "q_norm"), self._normalise(k_BxTxKxN, "k_norm")
         if c.position == "rope":
-            q_BxTxHxN, k_BxTxKxN = (apply_rope(x, positions, c) for x in (q_BxTxHxN, k_BxTxKxN))
+            q_BxTxHxN, k_BxTxKxN = (rope.apply(x, positions, c) for x in (q_BxTxHxN, k_BxTxKxN))
         if c.scale_attn_by_layer:
             q_BxTxHxN = q_BxTxHxN / (layer + 1).astype(q_BxTxHxN.dtype)
         q_BxTxHxN = sharding.constrain(q_BxTxHxN, ("batch", "length", "heads", None))
         k_BxTxKxN, v_BxTxKxN = (
             sharding.constrain(x, ("batch", "length", "kv_heads", None)) for x in (k_BxTxKxN, v_BxTxKxN)
         )
-        y_BxTxHxN = attention.attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, c.attention)
-        return nn.DenseGeneral(
+        if cache is None:
+            y_BxTxHxN = attention.attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, c.attention, c.sliding_window)
+        else:
+            cache = cache.write(layer, k_BxTxKxN, v_BxTxKxN)
+            y_BxTxHxN = attention.attend_cached(q_BxTxHxN, cache, layer, segment_ids, c.sliding_window)
+        o = nn.DenseGeneral(
             c.d_model,
             axis=(-2, -1),
             use_bias=c.attn_out_bias,
             dtype=c.dtype,
             kernel_init=_normal(c, residual=True),
             name="o",
-        )(y_BxTxHxN)
+        )
+        return o(y_BxTxHxN), cache
 
     def _normalise(self, x_BxTxHxN, name):
         norm = Norm(self.config, kind="rmsnorm", name=name)
@@ -188,20 +204,27 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP around the residual stream, pre-normalised."""
+    """One layer: attention and MLP around the residual stream."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BxTxD, segment_ids, positions, layer):
+    def __call__(self, x_BxTxD, segment_ids, positions, layer, cache: attention.Cache | None = None):
         c = self.config
-        attn = Attention(c, name="attn")(Norm(c, name="attn_norm")(x_BxTxD), segment_ids, positions, layer)
-        if c.parallel_residual:
-            x_BxTxD = x_BxTxD + attn + Mlp(c, name="mlp")(Norm(c, name="mlp_norm")(x_BxTxD))
+        attn, mlp = Attention(c, name="attn"), Mlp(c, name="mlp")
+        attn_norm, mlp_norm = Norm(c, name="attn_norm"), Norm(c, name="mlp_norm")
+        if c.norm_placement == "post":
+            y_BxTxD, cache = attn(x_BxTxD, segment_ids, positions, layer, cache)
+            x_BxTxD = x_BxTxD + attn_norm(y_BxTxD)
+            x_BxTxD = x_BxTxD + mlp_norm(mlp(x_BxTxD))
         else:
-            x_BxTxD = x_BxTxD + attn
-            x_BxTxD = x_BxTxD + Mlp(c, name="mlp")(Norm(c, name="mlp_norm")(x_BxTxD))
-        return sharding.constrain(x_BxTxD, ("batch", "length", "act_embed"))
+            y_BxTxD, cache = attn(attn_norm(x_BxTxD), segment_ids, positions, layer, cache)
+            if c.parallel_residual:
+                x_BxTxD = x_BxTxD + y_BxTxD + mlp(mlp_norm(x_BxTxD))
+            else:
+                x_BxTxD = x_BxTxD + y_BxTxD
+                x_BxTxD = x_BxTxD + mlp(mlp_norm(x_BxTxD))
+        return sharding.constrain(x_BxTxD, ("batch", "length", "act_embed")), cache
 
 
 class Transformer(nn.Module):
@@ -255,16 +278,11 @@ class Transformer(nn.Module):
           (h_BxTxD after the final norm, {state: [B, T, D] before the final norm}), in the compute dtype.
         """
         c, taps = self.config, taps or {}
-        # The table is gathered over fsdp before it is looked up: otherwise the rows of the batch would be.
-        table_VxD = sharding.constrain(self.embed.embedding.astype(c.dtype), ("vocab", None))
-        x_BxTxD = jnp.take(table_VxD, tokens, axis=0)
-        if c.position == "learned":
-            x_BxTxD = x_BxTxD + self.position_embed(positions + c.position_offset)
-        x_BxTxD = sharding.constrain(x_BxTxD, ("batch", "length", "act_embed"))
 
         def layer_step(x, layer_and_params):
             layer, params = layer_and_params
-            return self.block.apply({"params": params}, x, segment_ids, positions, layer), None
+            x, _ = self.block.apply({"params": params}, x, segment_ids, positions, layer)
+            return x, None
 
         layer_step = _remat(layer_step, c.remat)
         stops = sorted({0, *capture, *taps, c.num_layers})
@@ -277,7 +295,7 @@ class Transformer(nn.Module):
                 captured[state] = x
             return taps[state](x) if state in taps else x
 
-        x_BxTxD = visit(0, x_BxTxD)
+        x_BxTxD = visit(0, self._embed_tokens(tokens, positions))
         for start, stop in itertools.pairwise(stops):
             layers = self.layers
             if stop - start < c.num_layers:
@@ -285,6 +303,30 @@ class Transformer(nn.Module):
             x_BxTxD, _ = jax.lax.scan(layer_step, x_BxTxD, (jnp.arange(start, stop), layers))
             x_BxTxD = visit(stop, x_BxTxD)
         return self.norm_last(x_BxTxD), captured
+
+    def cached(self, tokens, segment_ids, positions, cache: attention.Cache):
+        """The next tokens [B, T] of sequences whose earlier keys and values are in `cache`: (h_BxTxD, cache).
+
+        segment_ids: int32 [B, S], of all slots of the cache.
+        """
+
+        def layer_step(carry, layer_and_params):
+            x, cache = carry
+            layer, params = layer_and_params
+            return self.block.apply({"params": params}, x, segment_ids, positions, layer, cache), None
+
+        layers = (jnp.arange(self.config.num_layers), self.layers)
+        (x_BxTxD, cache), _ = jax.lax.scan(layer_step, (self._embed_tokens(tokens, positions), cache), layers)
+        return self.norm_last(x_BxTxD), cache.advance(tokens.shape[1])
+
+    def _embed_tokens(self, tokens, positions):
+        c = self.config
+        # The table is gathered over fsdp before it is looked up: otherwise the rows of the batch would be.
+        table_VxD = sharding.constrain(self.embed.embedding.astype(c.dtype), ("vocab", None))
+        x_BxTxD = jnp.take(table_VxD, tokens, axis=0)
+        if c.position == "learned":
+            x_BxTxD = x_BxTxD + self.position_embed(positions + c.position_offset)
+        return sharding.constrain(x_BxTxD, ("batch", "length", "act_embed"))
 
     def norm_last(self, x_BxTxD):
         """The final norm, where the config has one."""
@@ -320,31 +362,17 @@ def apply(config: ModelConfig, params, tokens, segment_ids, positions, capture=(
     )
 
 
-def apply_rope(x_BxTxHxN: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
-    """Rotary embedding in the half-split layout (GPT-NeoX, Llama), on the first `rotary_dim` features.
-
-    Source: RoFormer (arXiv 2104.09864); the optional scaling of low frequencies is Llama 3.1's.
-    """
-    dim = config.rotary_dim
-    angles = positions.astype(jnp.float32)[:, :, None, None] * rope_frequencies(config)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    turned, kept = x_BxTxHxN[..., :dim], x_BxTxHxN[..., dim:]
-    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return jnp.concatenate([turned.astype(x_BxTxHxN.dtype), kept], axis=-1)
+def init_cache(config: ModelConfig, batch_size: int, length: int) -> attention.Cache:
+    """An empty cache for `length` tokens of `batch_size` sequences, in the compute dtype."""
+    shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
+    return attention.empty_cache(shape, config.dtype)
 
 
-def rope_frequencies(config: ModelConfig) -> jax.Array:
-    """Radians per position, float32 [rotary_dim / 2]."""
-    dim = config.rotary_dim
-    freq = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
-    if config.rope_scaling_factor == 1.0:
-        return freq
-    # Llama 3.1: wavelengths beyond the original context are stretched, short ones kept, blended between.
-    turns = config.rope_original_seq_len * freq / (2 * jnp.pi)
-    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
-    keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-    return freq * (keep + (1 - keep) / config.rope_scaling_factor)
+def apply_cached(config: ModelConfig, params, tokens, segment_ids, positions, cache: attention.Cache):
+    """`Transformer.cached` on a parameter tree."""
+    return Transformer(config).apply(
+        {"params": params}, tokens, segment_ids, positions, cache, method=Transformer.cached
+    )
 
 
 def num_params(config: ModelConfig) -> int:

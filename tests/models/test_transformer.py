@@ -11,7 +11,7 @@ import pytest
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models import transformer
+from lmboost.models import rope, transformer
 from lmboost.models.presets import PRESETS, tiny
 from lmboost.models.transformer import ModelConfig
 
@@ -34,6 +34,8 @@ GRID = {
     "qk norm": {"qk_norm": "head", "norm": "layernorm_nobias"},
     "full qk norm": {"qk_norm": "full", "final_norm": False},
     "by layer": {"scale_attn_by_layer": True, "num_kv_heads": 1, "rope_scaling_factor": 8.0},
+    "post norm": {"norm_placement": "post", "qk_norm": "full"},
+    "sliding window": {"sliding_window": 5},
     "remat": {"remat": "dots", "vocab_multiple": 128, "tie_embeddings": True},
 }  # fmt: skip
 CONFIGS = {name: dataclasses.replace(BASE, **changes) for name, changes in GRID.items()}
@@ -110,6 +112,36 @@ def test_rows_do_not_see_each_other(config):
     a, _ = apply(config, params_of(config), tokens, segment_ids, positions)
     b, _ = apply(config, params_of(config), other, segment_ids, positions)
     np.testing.assert_array_equal(a[0], b[0])
+
+
+@grid
+@pytest.mark.parametrize("padding", [0, 3])
+def test_a_cache_fed_in_pieces_gives_the_states_of_the_whole(config, padding):
+    """Padding on the left, as rows have that are shorter than others."""
+    tokens, segment_ids, positions = (np.pad(x, ((0, 0), (padding, 0))) for x in batch())
+    whole, _ = apply(config, params_of(config), *batch())
+    slots = np.pad(segment_ids, ((0, 0), (0, 4)))  # and slots that are never filled
+    cache, parts = transformer.init_cache(config, B, slots.shape[1]), []
+    for part in np.split(np.arange(padding + T), [padding + 7, padding + 8, padding + 9]):
+        h, cache = cached(config, params_of(config), tokens[:, part], slots, positions[:, part], cache)
+        parts.append(h)
+    assert cache.index == padding + T
+    close(whole, np.concatenate(parts, 1)[:, padding:])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached(config, params, tokens, segment_ids, positions, cache):
+    return transformer.apply_cached(config, params, tokens, segment_ids, positions, cache)
+
+
+def test_a_sliding_window_hides_what_is_farther():
+    config = dataclasses.replace(BASE, num_layers=1, sliding_window=5)
+    tokens, segment_ids, positions = batch()
+    other = tokens.copy()
+    other[:, 3] = (other[:, 3] + 1) % BASE.vocab_size
+    a, b = (apply(config, params_of(config), x, segment_ids, positions)[0] for x in (tokens, other))
+    changed = np.abs(a - b).max((0, 2)) > 1e-4
+    np.testing.assert_array_equal(np.flatnonzero(changed), np.arange(3, 3 + 5))
 
 
 def test_grouped_queries_are_repeated_key_value_heads():
@@ -198,7 +230,7 @@ def test_rope_depends_on_distance_only():
 
     def scores(shift):
         positions = jnp.arange(9)[None] + shift
-        q2, k2 = (transformer.apply_rope(jnp.asarray(x), positions, config)[0, :, 0] for x in (q, k))
+        q2, k2 = (rope.apply(jnp.asarray(x), positions, config)[0, :, 0] for x in (q, k))
         return q2 @ k2.T
 
     close(scores(0), scores(100), 1e-4)
@@ -210,7 +242,7 @@ def test_rope_depends_on_distance_only():
 
 def test_rope_keeps_norms_and_position_zero():
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
-    y = transformer.apply_rope(x, jnp.arange(5)[None].repeat(2, 0), rope_config())
+    y = rope.apply(x, jnp.arange(5)[None].repeat(2, 0), rope_config())
     close(jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(y, axis=-1))
     close(x[:, 0], y[:, 0])
 
@@ -219,16 +251,16 @@ def test_rope_against_complex_numbers():
     config, x = rope_config(rope_theta=500.0), np.random.default_rng(0).normal(size=(1, 7, 2, 16))
     turn = np.exp(1j * np.outer(np.arange(7), 500.0 ** (-np.arange(0, 16, 2) / 16)))[None, :, None]
     z = (x[..., :8] + 1j * x[..., 8:]) * turn
-    got = transformer.apply_rope(jnp.asarray(x, jnp.float32), jnp.arange(7)[None], config)
+    got = rope.apply(jnp.asarray(x, jnp.float32), jnp.arange(7)[None], config)
     close(np.concatenate([z.real, z.imag], -1), got)
 
 
 def test_a_fraction_of_rope_is_rope_of_the_first_features():
     x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
     positions = jnp.arange(5)[None].repeat(2, 0)
-    part = transformer.apply_rope(x, positions, rope_config(rope_fraction=0.25))
+    part = rope.apply(x, positions, rope_config(rope_fraction=0.25))
     np.testing.assert_array_equal(part[..., 4:], x[..., 4:])
-    close(part[..., :4], transformer.apply_rope(x[..., :4], positions, dataclasses.replace(BASE, head_dim=4)))
+    close(part[..., :4], rope.apply(x[..., :4], positions, dataclasses.replace(BASE, head_dim=4)))
 
 
 def llama3_frequencies(dim, theta, factor, low, high, original):
@@ -254,10 +286,10 @@ def test_rope_frequencies(name):
         c.rotary_dim, c.rope_theta, c.rope_scaling_factor,
         c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_original_seq_len,
     )  # fmt: skip
-    np.testing.assert_allclose(transformer.rope_frequencies(c), expected, rtol=1e-5)
+    np.testing.assert_allclose(rope.frequencies(c), expected, rtol=1e-5)
     if name == "llama-3.2-1b":
-        plain = transformer.rope_frequencies(dataclasses.replace(c, rope_scaling_factor=1.0))
-        ratio = np.asarray(transformer.rope_frequencies(c) / plain)
+        plain = rope.frequencies(dataclasses.replace(c, rope_scaling_factor=1.0))
+        ratio = np.asarray(rope.frequencies(c) / plain)
         assert ratio[0] == 1.0 and np.isclose(ratio[-1], 1 / 32) and ((ratio > 1 / 31) & (ratio < 0.99)).any()
 
 
