@@ -59,6 +59,18 @@ def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str, wi
     )  # fmt: skip
 
 
+def weights(q_BxTxHxN, k_BxTxKxN, segment_ids, window: int = 0) -> jax.Array:
+    """The matrices that `attend` multiplies values with, float32 [B, H, T, T]; for analysis, not for training."""
+    groups, tokens = q_BxTxHxN.shape[2] // k_BxTxKxN.shape[2], jnp.arange(q_BxTxHxN.shape[1])
+    q, k = q_BxTxHxN.astype(jnp.float32), jnp.repeat(k_BxTxKxN.astype(jnp.float32), groups, axis=2)
+    logits_BxHxTxT = jnp.einsum("bthn,bshn->bhts", q, k) * q.shape[-1] ** -0.5
+    distance_TxT = tokens[:, None] - tokens
+    seen_BxTxT = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distance_TxT >= 0)
+    if window:
+        seen_BxTxT &= distance_TxT < window
+    return jax.nn.softmax(jnp.where(seen_BxTxT[:, None], logits_BxHxTxT, -jnp.inf), axis=-1)
+
+
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, of every layer.
 

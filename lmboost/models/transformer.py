@@ -158,6 +158,7 @@ class Attention(nn.Module):
         k_BxTxKxN, v_BxTxKxN = (
             sharding.constrain(x, ("batch", "length", "kv_heads", None)) for x in (k_BxTxKxN, v_BxTxKxN)
         )
+        self.sow("intermediates", "queries_and_keys", (q_BxTxHxN, k_BxTxKxN))  # for surgery/attention_rank.py
         if cache is None:
             y_BxTxHxN = attention.attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, c.attention, c.sliding_window)
         else:

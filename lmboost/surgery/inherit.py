@@ -1,0 +1,130 @@
+"""A model that starts with layers of another one.
+
+Inheritune (arXiv 2404.08634): the first layers of a deeper trained model, its embeddings, final norm and head. Its
+baselines: stacking (a shallower model's layers, twice) and hybrid stacking (the deeper one's first layers, twice).
+Everything not named in `Inheritance.fresh` is a bitwise copy.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmboost.errors import UserError, one_of
+from lmboost.models.transformer import ModelConfig
+
+KINDS = ("copy", "inherit", "stack")
+# What a model has besides its layers, and where that is in the parameters.
+PARTS = {"embedding": "embed", "positions": "position_embed", "final_norm": "final_norm", "head": "head"}
+# Fields in which the two models may differ: they shape no parameter and change no layer.
+FREE = ("num_layers", "dtype", "attention", "remat", "init_std")
+
+
+@dataclasses.dataclass(frozen=True)
+class Inheritance:
+    """What a model takes from its parent.
+
+    Attributes:
+      layers: for each layer of the child, the layer of the parent that it starts as, counted from 0.
+      fresh: parts (of PARTS) that are not inherited.
+    """
+
+    layers: tuple[int, ...]
+    fresh: frozenset[str] = frozenset()
+
+    def __call__(self, parent: Mapping[str, Any], random: Mapping[str, Any]) -> dict[str, Any]:
+        """The child's parameters; `random` is a parameter tree of the child, from which the fresh parts come."""
+        kept = {name for part, name in PARTS.items() if part in self.fresh}
+        whole = {name: random[name] if name in kept else parent[name] for name in random if name != "layers"}
+        index = jnp.array(self.layers)
+        return whole | {"layers": jax.tree.map(lambda x: jnp.take(x, index, axis=0), parent["layers"])}
+
+    def report(self, params: Mapping[str, Any]) -> list[str]:
+        """What became of each part of a parameter tree of the child, a line each."""
+        names = {name: part for part, name in PARTS.items()}
+        lines = [f"layers: of the parent's {ranges(self.layers)}"]
+        for name in sorted(set(params) - {"layers"}):
+            lines.append(f"{names[name]}: {'random' if names[name] in self.fresh else 'inherited'}")
+        return lines
+
+
+def plan(
+    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init"
+) -> Inheritance:
+    """Reads the three fields of a config and checks them against the two models.
+
+    Args:
+      kind: "copy": the parent as it is. "inherit": some of its layers in their order. "stack": some of its layers in
+        their order, over and over until the child has enough.
+      layers: the parent's layers, as "0-5,8"; empty is the first ones ("inherit") or all of them ("stack").
+      fresh: parts that are not inherited, as "embedding,head".
+
+    Raises a UserError where layers are not the parent's, not in order, or not as many as the child has, and where the
+    models differ in more than their number.
+    """
+    one_of(f"{field}.kind", kind, KINDS)
+    parts = frozenset(one_of(f"{field}.fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
+    _check_models(parent, child, field)
+    if kind == "copy":
+        if layers or parts:
+            raise UserError(f"{field}.layers and {field}.fresh need {field}.kind='inherit' or 'stack', not 'copy'.")
+        layers = f"0-{parent.num_layers - 1}"
+    if not layers:
+        layers = f"0-{(min(child.num_layers, parent.num_layers) if kind == 'inherit' else parent.num_layers) - 1}"
+    chosen = parse_layers(layers, parent.num_layers, f"{field}.layers")
+    if kind == "stack":
+        if child.num_layers % len(chosen):
+            raise UserError(
+                f"{field}.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
+                "multiple of that: layers are stacked a whole number of times."
+            )
+        chosen *= child.num_layers // len(chosen)
+    if len(chosen) != child.num_layers:
+        raise UserError(
+            f"{field}.layers={layers!r} are {len(chosen)} of the parent's {parent.num_layers} layers, but "
+            f"model.num_layers={child.num_layers}: set it to the number of layers that are taken."
+        )
+    return Inheritance(chosen, parts)
+
+
+def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:
+    """The layers in "0-5,8", counted from 0; a UserError where they are not the model's or not in order."""
+    layers: list[int] = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
+        if not match:
+            raise UserError(f"{field}={text!r}: {word!r} is neither a layer nor a range. Give layers as in '0-5,8'.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        layers += range(first, last + 1) if last >= first else [first, last]
+    if wrong := [i for i in layers if i >= num_layers]:
+        raise UserError(f"{field}={text!r}: there is no layer {wrong[0]}; the parent has layers 0 to {num_layers - 1}.")
+    if sorted(set(layers)) != layers:
+        raise UserError(f"{field}={text!r}: layers must be named once, in the parent's order.")
+    return tuple(layers)
+
+
+def ranges(layers: Sequence[int]) -> str:
+    """Layers as "0-5,8"; parse_layers reads it."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _check_models(parent: ModelConfig, child: ModelConfig, field: str) -> None:
+    a, b = dataclasses.asdict(parent), dataclasses.asdict(child)
+    # Rotary positions have no table: a model may be trained at other lengths than its parent.
+    free = (*FREE, "max_seq_len") if parent.position == "rope" else FREE
+    if wrong := [
+        f"{name} is {b[name]!r}, the parent's {a[name]!r}" for name in a if name not in free and a[name] != b[name]
+    ]:
+        raise UserError(
+            f"{field}.from is a model that layers can't be inherited from: in this config's model, {'; '.join(wrong)}. "
+            "Give the parent's own values."
+        )

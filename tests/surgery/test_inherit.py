@@ -1,0 +1,108 @@
+"""What a model takes from its parent, and what is refused."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from lmboost.errors import UserError
+from lmboost.models import transformer
+from lmboost.models.presets import preset, tiny
+from lmboost.surgery import inherit
+
+PARENTS = {name: tiny(preset(name), 6) for name in ("gpt2", "pythia-70m", "smollm2-135m", "openllama-3b")}
+parents = pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS.keys())
+FIELDS = ("kind", "layers", "fresh")
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
+
+
+def params_of(config, seed):
+    return transformer.init(config, jax.random.key(seed))
+
+
+def inherited(parent, child, kind="inherit", layers="", fresh=""):
+    return inherit.plan(kind, layers, fresh, parent, child)(params_of(parent, 0), params_of(child, 1))
+
+
+def states(config, params, capture=()):
+    ids = np.ones_like(TOKENS)
+    positions = np.broadcast_to(np.arange(12), TOKENS.shape)
+    return transformer.apply(config, params, TOKENS, ids, positions, capture=capture)
+
+
+def same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@parents
+def test_all_layers_are_the_parent_bitwise(parent):
+    for kind in ("copy", "inherit", "stack"):
+        same(inherited(parent, parent, kind), params_of(parent, 0))
+
+
+@parents
+def test_the_first_layers_give_the_parents_states(parent):
+    child = dataclasses.replace(parent, num_layers=3)
+    params = inherited(parent, child)
+    _, whole = states(parent, params_of(parent, 0), (0, 1, 2, 3))
+    _, part = states(child, params, (0, 1, 2, 3))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), part, whole)
+
+
+def test_chosen_layers_and_stacks():
+    parent = PARENTS["smollm2-135m"]
+    before = params_of(parent, 0)["layers"]
+    for kind, layers, count, expected in (
+        ("inherit", "0,2-3,5", 4, [0, 2, 3, 5]), ("inherit", "4", 1, [4]), ("stack", "", 12, [*range(6)] * 2),
+        ("stack", "0-1", 6, [0, 1, 0, 1, 0, 1]),
+    ):  # fmt: skip
+        child = dataclasses.replace(parent, num_layers=count)
+        after = inherited(parent, child, kind, layers)["layers"]
+        same(after, jax.tree.map(lambda x, expected=expected: x[np.array(expected)], before))
+
+
+def test_fresh_parts_stay_as_they_are_at_random():
+    parent = PARENTS["gpt2"]
+    child = dataclasses.replace(parent, num_layers=2)
+    old, new = params_of(parent, 0), params_of(child, 1)
+    params = inherited(parent, child, fresh="positions, final_norm")
+    same(params["position_embed"], new["position_embed"])
+    same(params["final_norm"], new["final_norm"])
+    same(params["embed"], old["embed"])
+    taken = inherit.plan("inherit", "", "positions", parent, child)
+    assert taken.report(params) == [
+        "layers: of the parent's 0-1", "embedding: inherited", "final_norm: inherited", "positions: random",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": "0-6"}, r"init.layers='0-6': there is no layer 6; the parent has layers 0 to 5"),
+        ({"layers": "0,0"}, "named once"),
+        ({"layers": "2,1"}, "in the parent's order"),
+        ({"layers": "3-1"}, "in the parent's order"),
+        ({"layers": "half"}, "neither a layer nor a range"),
+        ({"layers": "0-3"}, "are 4 of the parent's 6 layers, but model.num_layers=3"),
+        ({"kind": "stack", "layers": "0-1"}, "no multiple of that"),
+        ({"kind": "inherits"}, r"did you mean 'inherit'\?"),
+        ({"fresh": "norms"}, "init.fresh='norms' is not known"),
+        ({"kind": "copy", "fresh": "head"}, "not 'copy'"),
+        ({"kind": "copy"}, "are 6 of the parent's 6 layers, but model.num_layers=3"),
+        ({"mlp_dim": 64}, "mlp_dim is 64, the parent's 128"),
+        ({"num_layers": 8}, "are 6 of the parent's 6 layers, but model.num_layers=8"),
+    ],
+)
+def test_what_does_not_fit_is_named(changes, message):
+    parent = PARENTS["pythia-70m"]
+    fields = {"kind": "inherit", "layers": "", "fresh": ""} | {k: v for k, v in changes.items() if k in FIELDS}
+    sizes = {k: v for k, v in changes.items() if k not in FIELDS}
+    child = dataclasses.replace(parent, **{"num_layers": 3} | sizes)
+    with pytest.raises(UserError, match=message):
+        inherit.plan(**fields, parent=parent, child=child)
+
+
+def test_ranges_are_read_back():
+    for layers in ((0, 1, 2), (0, 2, 3, 5), (7,)):
+        assert inherit.parse_layers(inherit.ranges(layers), 8, "layers") == layers
