@@ -20,7 +20,6 @@ from lmboost.models.transformer import ModelConfig  # noqa: E402
 from tests import hub  # noqa: E402
 
 pytestmark = pytest.mark.peers
-pytestmark = pytest.mark.peers
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
 SMALL = IDS | {"vocab_size": hub.VOCAB, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 SMALL |= {"max_position_embeddings": 64}
@@ -57,6 +56,7 @@ MODELS = {
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
     "olmo2": ("Olmo2", LLAMA),
 }  # fmt: skip
+FAMILIES = ("gpt2", "opt", "pythia", "llama", "mistral", "qwen2", "qwen3", "olmo2")
 TOKENS = np.random.default_rng(0).integers(0, hub.VOCAB, (8, 33)).astype(np.int32)
 
 
@@ -127,7 +127,7 @@ def test_there_and_back(name, tmp_path):
     assert ids == tokenizer_lib.load(tmp_path / "hub").encode(text).tolist()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "pythia", "llama", "olmo2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_on_eight_devices_and_in_small_blocks_it_is_the_same(name, tmp_path, monkeypatch):
     """Heads, widths and padded vocabulary spread over the mesh; blocks of a few rows."""
     make(name, tmp_path)
@@ -152,12 +152,13 @@ def test_on_eight_devices_and_in_small_blocks_it_is_the_same(name, tmp_path, mon
     assert_same_tensors(tensors(tmp_path), tensors(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("length", [1, 2, 17, 64])
-def test_of_any_length(length, tmp_path):
-    theirs = make("mistral", tmp_path)
-    tokens = np.random.default_rng(1).integers(0, hub.VOCAB, (2, length)).astype(np.int32)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_of_any_length(name, tmp_path):
+    theirs = make(name, tmp_path)
     model, params = load(tmp_path, hub.one_device())
-    np.testing.assert_allclose(hub.logits(model, params, tokens), torch_logits(theirs, tokens), atol=1e-4)
+    for length in (1, 2, 17, 64):
+        tokens = np.random.default_rng(1).integers(0, hub.VOCAB, (2, length)).astype(np.int32)
+        np.testing.assert_allclose(hub.logits(model, params, tokens), torch_logits(theirs, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -228,7 +229,7 @@ def test_a_qwen2_of_another_tokenizer_is_written_as_a_llama(tmp_path):
     np.testing.assert_allclose(torch_logits(again, TOKENS), torch_logits(theirs, TOKENS), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "opt", "pythia", "llama", "mistral", "qwen2", "qwen3", "olmo2"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_autotokenizer_reads_a_sentencepiece_model_as_it_is(name, tmp_path):
     """Ids, their text and the specials, beside every architecture."""
     texts = ["def f(x):\n\tif x:\n        return '\u00e9'  # note   \n\n" * 20]
