@@ -20,6 +20,9 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
         "notebook": ["ipykernel"],
+        # What some tests compare with; lmboost itself reads and writes Hub directories without them.
+        "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"],
+        "eval": ["lm-eval>=0.4.10"],
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
         "test": ["pytest", "hypothesis", "ruff", "jax[tpu]; sys_platform == 'linux'"],
     },

@@ -6,7 +6,8 @@
     WORKDIR/checkpoints/STEP/position     where in the data the next batch begins
     WORKDIR/checkpoints/STEP/manifest     as above, so that a checkpoint can be moved by itself
 
-Teacher parameters are in none of them.
+Teacher parameters are in none of them. What lmboost.convert writes has params and manifest alone, with the tokenizer
+beside them. Wherever a checkpoint is read, "hf:DIR" stands for a Hugging Face Hub directory in its place.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
-from lmboost import sharding
+from lmboost import hf, sharding
 from lmboost.errors import UserError
 from lmboost.train_step import TrainState
 
@@ -108,6 +109,10 @@ def _join(params: Any, training: dict[str, Any]) -> TrainState:
 
 def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
     """The whole state in a checkpoint directory, and its data position. Raises a UserError on other shapes."""
+    if not (directory / "training").exists():
+        raise UserError(
+            f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.from."
+        )
     parts = []
     for name, tree, places in zip(("params", "training"), _split(like), _split(shardings), strict=True):
         parts.append(_restore_tree(directory, name, tree, places))
@@ -116,10 +121,14 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
 
 
 def find(path: str, step: int = -1, field: str = "from") -> epath.Path:
-    """The checkpoint directory that `path` names: itself, or the one of `step` (-1: the last) of a run."""
+    """The checkpoint directory that `path` names: itself, the one of `step` (-1: the last) of a run, or "hf:DIR"."""
+    if path.startswith(hf.PREFIX):
+        return hf.find(path, step, field)
     root = epath.Path(os.path.abspath(path)) if "://" not in path else epath.Path(path)
     if (root / "params").exists() and (root / "manifest").exists():
         return root
+    if not (root / "checkpoints").exists() and hf.is_directory(root):
+        raise UserError(f"{field}={path!r} is a Hugging Face Hub directory: give it as {hf.PREFIX}{path}.")
     if not (root / "checkpoints").exists():
         raise UserError(
             f"{field}={path!r} is neither a run (there is no {root / 'checkpoints'}) nor a checkpoint. "
@@ -132,8 +141,21 @@ def find(path: str, step: int = -1, field: str = "from") -> epath.Path:
     return root / "checkpoints" / str(steps[-1] if step == -1 else step)
 
 
+def save_params(directory: str | os.PathLike, params: Any, manifest: dict[str, Any]) -> None:
+    """Writes parameters that no run has trained as a checkpoint of their own.
+
+    Not compressed: that would hold a second copy of the model, and parameters hardly shrink.
+    """
+    handlers = {"params": ocp.PyTreeCheckpointHandler(use_compression=False), "manifest": ocp.JsonCheckpointHandler()}
+    items = ocp.args.Composite(params=ocp.args.PyTreeSave(params), manifest=ocp.args.JsonSave(manifest))
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        checkpointer.save(epath.Path(directory), args=items)
+
+
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
-    """The manifest inside a checkpoint."""
+    """The manifest inside a checkpoint. That of a model from the Hub has no "config", as no run of ours made it."""
+    if hf.is_directory(directory):
+        return hf.read_manifest(directory)
     return json.loads((directory / "manifest" / "metadata").read_text())
 
 
@@ -141,14 +163,24 @@ def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "floa
     """A checkpoint's model parameters, read straight to their place on `mesh` in `dtype`.
 
     `like` is a tree of shapes; a UserError names the first parameter that is missing, left over, or of
-    another shape.
+    another shape. Padded rows of the vocabulary that a Hub directory does not have are zero.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
+    if hf.is_directory(directory):
+        _check_same(directory, hf.shapes(directory, like["embed"]["embedding"].shape[0]), like)
+        return hf.load_params(directory, like, mesh)[0]
     return _restore_tree(directory, "params", like, sharding.tree_sharding(like, mesh))
 
 
 def _restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -> Any:
-    found, wanted = dict(_named(tree_metadata(directory, item))), dict(_named(like))
+    _check_same(directory, tree_metadata(directory, item), like)
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
+    return ocp.StandardCheckpointHandler().restore(directory / item, args=ocp.args.StandardRestore(target))
+
+
+def _check_same(directory: epath.Path, found: Any, wanted: Any) -> None:
+    """Raises a UserError on the first leaf that the tree in a directory has not, has besides, or in another shape."""
+    found, wanted = dict(_named(found)), dict(_named(wanted))
     for name in sorted({*found, *wanted}):
         if name not in found or name not in wanted:
             where = "is missing in" if name in wanted else "is left over in"
@@ -158,8 +190,6 @@ def _restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -
                 f"parameter {name!r} has shape {tuple(found[name].shape)} in {directory}, but the config "
                 f"asks for {tuple(wanted[name].shape)}: give the config of the checkpoint's model."
             )
-    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
-    return ocp.StandardCheckpointHandler().restore(directory / item, args=ocp.args.StandardRestore(target))
 
 
 def tree_metadata(directory: epath.Path, item: str) -> Any:

@@ -28,10 +28,10 @@ def base() -> ConfigDict:
 
     # Where the student starts. Order: own checkpoint in the workdir, resume.from, init.from, random.
     c.resume = ConfigDict({"from": ""})  # a run or checkpoint to go on from: parameters, optimizer, step, data
-    c.init = ConfigDict({"from": ""})  # a run or checkpoint whose parameters the student starts with
+    c.init = ConfigDict({"from": ""})  # a run, checkpoint or hf:DIR whose parameters the student starts with
 
     c.teacher = teacher = ConfigDict()
-    teacher["from"] = ""  # a run directory or a checkpoint
+    teacher["from"] = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub
     teacher.step = -1  # of a run: which checkpoint; -1 is the last
     teacher.dtype = "bfloat16"  # of its parameters and compute
     teacher.random = False  # replace its parameters by random ones: a control, not a method
@@ -70,7 +70,7 @@ def base() -> ConfigDict:
     select.fraction = -1.0  # of the candidates that count, at most 1 / candidates; -1 is 1 / candidates
     select.k = 10  # a token is learnable if it is among the scorer's k best
     select.others = "drop"  # other tokens: "drop" them from the median, or count them as "zero"
-    select.scorer = ""  # run or checkpoint that scores; empty is the teacher
+    select.scorer = ""  # run, checkpoint or hf:DIR that scores; empty is the teacher
     select.scorer_step = -1  # of a run: which checkpoint; -1 is the last
     select.stop = 0.2  # fraction of the run
 
@@ -97,6 +97,9 @@ def base() -> ConfigDict:
 
     c.checkpoint = ConfigDict({"every": 1000, "keep": 2, "keep_every": 0})  # steps; keep_every 0 keeps no extra ones
     c.eval = ConfigDict({"every": 500, "batches": 20})  # steps; 0 is never, batches -1 is the whole split
+    c.eval.tasks = ""  # of the lm-evaluation-harness, comma between them: "arc_easy,hellaswag"
+    c.eval.tasks_every = 0  # steps; 0 is only at the end
+    c.eval.tasks_include = ""  # a directory with tasks of your own (YAML)
     c.log = log = ConfigDict()
     log.every = 10  # steps
     log.tensorboard = True

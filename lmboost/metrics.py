@@ -234,6 +234,7 @@ def _terms(values: Mapping[str, Any]) -> str:
         parts.append(f"{short(values['tokens_per_second'])} tokens/s")
     if values.get("mfu") is not None:
         parts.append(f"MFU {values['mfu']:.1%}")
+    parts += [f"{k.removeprefix('task/')} {v:.4f}" for k, v in values.items() if k.startswith("task/")]
     return "  ".join(parts)
 
 

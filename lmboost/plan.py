@@ -101,6 +101,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     _check_numbers(config, num_devices)
     student = _model(config, ModelConfig(**config.model), "model", platform)
     train_data, validation_data = _data(config, student)
+    _check_tasks(config)
     phases = schedules.help_phases(config.objective, config.steps)
     active = frozenset().union(*(helps for _, helps in phases))
     teacher = scorer = None
@@ -207,6 +208,19 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
     return train_data, validation_data
 
 
+def _check_tasks(config: ConfigDict) -> None:
+    if config.eval.tasks_every < 0:
+        raise UserError(f"eval.tasks_every={config.eval.tasks_every} must be at least 0; 0 is only at the end.")
+    if config.eval.tasks:
+        from lmboost import harness  # needs a package that is not always there
+
+        harness.find_tasks(harness.names_of(config.eval.tasks), config.eval.tasks_include, "eval.tasks")
+    elif config.eval.tasks_every:
+        raise UserError(
+            f"eval.tasks_every={config.eval.tasks_every}, but eval.tasks is empty: name tasks, or set it to 0."
+        )
+
+
 def _helper(config: ConfigDict, field: str, path: str, step: int, active: frozenset[str], platform: str) -> Helper:
     if not path:
         raise UserError(
@@ -220,7 +234,40 @@ def _helper(config: ConfigDict, field: str, path: str, step: int, active: frozen
     return Helper(directory, _model(config, model, f"the model of {field}", platform), manifest)
 
 
+def init_remarks(run: Plan, directory: epath.Path) -> list[str]:
+    """What the student computes otherwise than the model that it starts from, where their parameters fit.
+
+    Raises a UserError where their tokens are others, in number or by the tokenizer: rows would stand for what they do
+    not mean.
+    """
+    manifest = checkpoint.read_manifest(directory)
+    found, remarks = ModelConfig(**manifest["model"]), []
+    if manifest["data"]["tokenizer"] not in (None, run.train_data.tokenizer_fingerprint):
+        raise UserError(
+            f"init.from: the model in {directory} was trained with another tokenizer than the data: its embeddings "
+            "stand for other tokens. Prepare the data with its tokenizer, or choose another model."
+        )
+    if found.vocab_size != run.student.vocab_size:
+        raise UserError(
+            f"model.vocab_size={run.student.vocab_size}, but the model in {directory} (init.from) has "
+            f"{found.vocab_size}: set it to that, or give another model."
+        )
+    neutral = {"init_std", "vocab_multiple", "dtype", "attention", "remat"}
+    neutral |= {"max_seq_len"} if run.student.position == "rope" else set()
+    for field in dataclasses.fields(ModelConfig):
+        there, here = getattr(found, field.name), getattr(run.student, field.name)
+        if field.name not in neutral and there != here:
+            remarks.append(f"the student has {field.name}={here!r}, the model it starts from {there!r}")
+    return remarks
+
+
 def _check_tokenizer(helper: Helper, field: str, data: loader.DataInfo, student: ModelConfig) -> None:
+    if helper.manifest["data"]["tokenizer"] is None:
+        raise UserError(
+            f"{field}: {helper.directory} has neither a tokenizer.json nor a tokenizer.model, so nothing says that its "
+            "tokens are those of the data: put the model's tokenizer there, too. For one of vocab.json and merges.txt, "
+            "transformers' AutoTokenizer writes the first with save_pretrained."
+        )
     if helper.manifest["data"]["tokenizer"] != data.tokenizer_fingerprint:
         raise UserError(
             f"{field}: the model in {helper.directory} was trained with another tokenizer "

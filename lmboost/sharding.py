@@ -183,3 +183,10 @@ def host_share(mesh: Mesh) -> tuple[int, int]:
 def put_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """This process's rows, as its part of the global batch."""
     return {k: jax.make_array_from_process_local_data(batch_sharding(mesh), x) for k, x in local.items()}
+
+
+def put_rows(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Rows [B, ...] that every process has in full, as a global batch; B is a multiple of `batch_shards`."""
+    index, count = host_share(mesh)
+    local = {k: x[index * len(x) // count : (index + 1) * len(x) // count] for k, x in rows.items()}
+    return put_batch(local, mesh)

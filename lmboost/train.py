@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmboost import checkpoint, config, evaluate, flops, metrics, optimizers, plan, sharding
-from lmboost.data import loader
+from lmboost.data import loader, tokenizer
 from lmboost.errors import UserError, exit_on_user_error
 from lmboost.models import transformer
 from lmboost.train_step import TrainState, init_params, init_state, make_train_step
@@ -52,6 +52,7 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
             run.student, c.data.validation or c.data.train, c.seq_len, c.batch_size, c.eval.batches, mesh,
             c.objective.block_tokens,
         )  # fmt: skip
+        tasks = _tasks(run, mesh) if c.eval.tasks else None
 
         # -------------------------------------------------------------- state and helpers
         teacher = run.teacher.model if run.teacher else None
@@ -90,12 +91,26 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
             if done == c.steps or done % c.checkpoint.every == 0:
                 log.pause()
                 checkpointer.save(state, done, run.position(done), manifest)
+            if tasks and (done == c.steps or (c.eval.tasks_every and done % c.eval.tasks_every == 0)):
+                log.validation(done, tasks(state.params["model"]))
+                log.pause()
 
         # -------------------------------------------------------------- the end
         log.flush()
         checkpointer.wait()
     say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
     return state
+
+
+def _tasks(run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+    """What the lm-evaluation-harness finds out about parameters; texts are read in rows of the run's length."""
+    from lmboost import harness  # needs a package that is not always there
+
+    c = run.config
+    coder = tokenizer.load(run.train_data.tokenizer_path)
+    length = min(c.seq_len, run.student.max_seq_len)
+    lm = harness.LanguageModel(run.student, None, mesh, coder, c.batch_size, length, c.objective.block_tokens)
+    return harness.in_training(lm, harness.names_of(c.eval.tasks), c.eval.tasks_include)
 
 
 def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer, say) -> tuple[TrainState, int]:
@@ -121,6 +136,8 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer
     state = jax.jit(fresh, out_shardings=shardings)()
     if init:
         directory = checkpoint.find(init, field="init.from")
+        for remark in plan.init_remarks(run, directory):
+            say(f"init.from: {remark}")
         params = checkpoint.load_params(directory, like.params["model"], mesh)
         state = state.replace(params=state.params | {"model": params})
         say(f"start: init.from {directory}, step 0")

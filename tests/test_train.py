@@ -290,6 +290,12 @@ def test_a_teacher_of_another_tokenizer_is_refused(home, tmp_path, recipe, teach
         runs.run(recipe, tmp_path / "run", other, teacher, KD)
 
 
+def test_a_start_of_another_tokenizer_is_refused(tmp_path, recipe, plain):
+    other = "--config.data.train=" + runs.write_data(tmp_path, seed=1)
+    with pytest.raises(UserError, match="init.from: the model in .* was trained with another tokenizer"):
+        runs.run(recipe, tmp_path / "run", other, f"--config.init.from={plain[0]}")
+
+
 def test_a_workdir_of_another_config_is_refused(recipe, data, plain):
     with pytest.raises(UserError, match=r"holds a run of another config \(optimizer.learning_rate: 0.01 -> 0.02\)"):
         runs.run(recipe, plain[0], data, "--config.optimizer.learning_rate=0.02")

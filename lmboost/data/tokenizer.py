@@ -11,7 +11,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -37,6 +38,7 @@ class Tokenizer(abc.ABC):
       path: the model file.
       vocab_size: number of ids; every id is in [0, vocab_size).
       bos_id, eos_id: ids of the begin and end of a document, None where the tokenizer has none.
+      adds_bos: whether the tokenizer's makers put bos before every text (`encode` here never does).
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    adds_bos: bool
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32 [tokens], without bos or eos."""
@@ -102,6 +105,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.vocab_size()
         self.bos_id = _known(self._model.bos_id())
         self.eos_id = _known(self._model.eos_id())
+        self.adds_bos = self.bos_id is not None
         mark_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._mark_ids = mark_bytes if all(self._model.is_byte(i) for i in mark_bytes) else None
 
@@ -140,6 +144,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         self.bos_id = self._special("bos_token", _BOS_NAMES)
         self.eos_id = self._special("eos_token", _EOS_NAMES)
+        self.adds_bos = self.bos_id is not None and self._model.encode("").ids[:1] == [self.bos_id]
 
     def _special(self, field: str, names: Sequence[str]) -> int | None:
         """The id that tokenizer_config.json names in `field`; without that file, of the first name that is known."""
@@ -183,6 +188,60 @@ def load(path: str | os.PathLike) -> Tokenizer:
             f"or a directory that holds one of them."
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def find_for(
+    directory: str | os.PathLike, manifest: Mapping[str, Any], given: str = "", field: str = "--tokenizer"
+) -> Tokenizer:
+    """The tokenizer of a model.
+
+    Args:
+      directory: the model's checkpoint, or a Hub directory.
+      manifest: its manifest. Where that has the tokenizer's fingerprint, another tokenizer is a UserError.
+      given: what the user gave as `field`, a path for `load`. Empty: the file beside the checkpoint, else the one
+        of the data that the model was trained on.
+    """
+    data = manifest.get("data") or {}
+    if given:
+        found, path = load(os.path.expanduser(given)), given
+    else:
+        path = _beside(directory) or _of_data(manifest)
+        if not path:
+            raise UserError(
+                f"{field} is empty, and no tokenizer was found: neither {' nor '.join(FILE_NAMES.values())} lies "
+                f"beside the model in {directory}, nor is the data there that it was trained on. Give the tokenizer's "
+                "file."
+            )
+        found = load(path)
+    if data.get("tokenizer") not in (None, "", found.fingerprint):
+        raise UserError(
+            f"the tokenizer in {path} ({found.fingerprint[:12]}) is not the one that the model in {directory} was "
+            f"trained with ({data['tokenizer'][:12]}): give that one with {field}."
+        )
+    return found
+
+
+def _beside(directory: str | os.PathLike) -> pathlib.Path | None:
+    """The tokenizer's directory, where the checkpoint or the run that it belongs to has one."""
+    if "://" in str(directory):
+        return None
+    directory = pathlib.Path(directory)
+    run = [directory.parents[1]] if directory.parent.name == "checkpoints" else []
+    for place in (folder for top in (directory, *run) for folder in (top, top / "tokenizer")):
+        if any((place / name).is_file() for name in FILE_NAMES.values()):
+            return place
+    return None
+
+
+def _of_data(manifest: Mapping[str, Any]) -> pathlib.Path | None:
+    """The tokenizer's directory in the data that the manifest's config names."""
+    from lmboost.data import loader  # the loader's libraries are for those who read records
+
+    spec = ((manifest.get("config") or {}).get("data") or {}).get("train")
+    try:
+        return pathlib.Path(loader.info(spec).tokenizer_path) if spec else None
+    except UserError:  # the data is not on this machine
+        return None
 
 
 def train(

@@ -1,0 +1,163 @@
+"""What a config.json says, key by key: how an architecture is described, and the settings that several share.
+
+Sources: the configuration and modelling files of transformers 4.x and 5.x, and the files of the published models.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lmboost.errors import UserError
+from lmboost.models.transformer import ModelConfig
+
+
+class Keys:
+    """The keys of a config.json that matter to its family, absent ones filled in."""
+
+    def __init__(self, path: pathlib.Path, values: Mapping[str, Any]):
+        self.path, self._values = path, values
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def need(self, key: str, *expected: Any) -> None:
+        """Raises a UserError where the key has a value for which the decoder has no switch."""
+        if self[key] not in expected:
+            known = " or ".join(map(repr, expected))
+            raise self.refuse(key, self[key], f"the decoder computes only what {known} stands for")
+
+    def refuse(self, key: str, value: Any, why: str) -> UserError:
+        return UserError(f"{self.path}: {key}={value!r}: {why}. Choose another model.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """An architecture of transformers.
+
+    Attributes:
+      keys: of config.json, those that change what is computed, each with what transformers takes where it is absent.
+        None stands for one that may be absent; KINDS says of what type.
+      names: the keys that are fields of a ModelConfig under another name.
+      read, write: the other fields from config.json, and the other keys from a ModelConfig.
+      switches: fields of a ModelConfig, and the values that they can have in this family.
+      equal: pairs of fields that are equal in this family.
+      full_width: heads * head_dim is d_model.
+      prefix: of the names of tensors; files of the bare model leave it out.
+      tensors: (name, layout, parameters), as in `weights.Layout`; "*" counts the layers. Those whose parameters a
+        model does not have, biases mostly, do not count.
+    """
+
+    architecture: str
+    model_type: str
+    keys: Mapping[str, Any]
+    names: Mapping[str, str]
+    read: Callable[[Keys], dict[str, Any]]
+    write: Callable[[ModelConfig], dict[str, Any]]
+    switches: Mapping[str, Any]
+    prefix: str
+    tensors: tuple[tuple[str, str, tuple[str, ...]], ...]
+    equal: tuple[tuple[str, str], ...] = ()
+    full_width: bool = False
+
+    def model(self, keys: Keys, dtype: str) -> ModelConfig:
+        """The ModelConfig of a config.json; a UserError where the decoder lacks what it asks for."""
+        fields = {ours: keys[theirs] for theirs, ours in self.names.items()} | self.read(keys)
+        return ModelConfig(**fields, dtype=dtype).validate(f"{keys.path}, as a ModelConfig")
+
+    def config(self, model: ModelConfig) -> dict[str, Any]:
+        """The keys of the config.json of a model that fits."""
+        return {theirs: getattr(model, ours) for theirs, ours in self.names.items()} | self.write(model)
+
+    def misfits(self, model: ModelConfig) -> list[str]:
+        """What of a model this family can't express, in the words of the model's config."""
+        out = [
+            f"{name}={getattr(model, name)!r} (expected {' or '.join(map(repr, allowed))})"
+            for name, allowed in self.switches.items()
+            if getattr(model, name) not in allowed
+        ]
+        out += [
+            f"{a}={getattr(model, a)!r} and {b}={getattr(model, b)!r} (expected equal)"
+            for a, b in self.equal
+            if getattr(model, a) != getattr(model, b)
+        ]
+        if self.full_width and model.num_heads * model.head_dim != model.d_model:
+            out.append(f"num_heads={model.num_heads} * head_dim={model.head_dim} (expected d_model={model.d_model})")
+        return out
+
+
+# ---------------------------------------------------------------- keys that several architectures have
+
+# Of keys whose default does not tell; of others that may be absent, a whole number.
+KINDS = {
+    "rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "rope_theta": float,
+    "partial_rotary_factor": float,
+}  # fmt: skip
+# As transformers names an activation: ours. "gelu_new" and those after it are one formula.
+_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_tanh"
+)
+ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+ROPE_KEYS = {"rope_theta": 10000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0}
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def read_activation(c: Keys, key: str) -> str:
+    if c[key] not in _ACTIVATIONS:
+        raise c.refuse(key, c[key], f"expected one of {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[c[key]]
+
+
+def read_rope(c: Keys, head_dim: int, theta: str = "rope_theta", fraction: str = "partial_rotary_factor") -> dict:
+    """Rotary settings of either kind: keys of their own with `rope_scaling`, or all of them in `rope_parameters`."""
+    where = "rope_scaling" if c["rope_scaling"] else "rope_parameters"
+    given = c[where] or {}
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in ("default", "llama3"):
+        raise c.refuse(where, given, f"the decoder has no rotary positions of type {kind!r}, only default and llama3")
+    rope = {"rope_theta": c[theta], "partial_rotary_factor": c[fraction]}
+    rope |= {key: value for key, value in given.items() if key not in ("rope_type", "type") and value is not None}
+    for key, value in rope.items():
+        if key not in ("rope_theta", "partial_rotary_factor", *(_LLAMA3 if kind == "llama3" else ())):
+            raise c.refuse(where, given, f"its key {key!r} is not known, and may change what is computed")
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise c.refuse(where if key in given else theta, value, f"expected a positive number as {key}")
+    turned = int(head_dim * rope["partial_rotary_factor"])
+    if turned % 2 or not 0 < turned <= head_dim:
+        raise c.refuse(fraction, rope["partial_rotary_factor"], f"{turned} of {head_dim} features cannot be rotated")
+    out = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope["partial_rotary_factor"])}
+    if kind == "llama3":
+        rope.setdefault(_LLAMA3[3], c["max_position_embeddings"])
+        if missing := [key for key in _LLAMA3 if key not in rope]:
+            raise c.refuse(where, given, f"expected {missing[0]!r} in it")
+        out |= {
+            "rope_scaling_factor": float(rope["factor"]),
+            "rope_low_freq_factor": float(rope["low_freq_factor"]),
+            "rope_high_freq_factor": float(rope["high_freq_factor"]),
+            "rope_original_seq_len": int(rope[_LLAMA3[3]]),
+        }
+    return out
+
+
+def write_rope(m: ModelConfig) -> dict[str, Any]:
+    """In the older keys, which every version of transformers reads."""
+    if m.rope_scaling_factor == 1.0:
+        return {"rope_theta": m.rope_theta, "rope_scaling": None}
+    values = (m.rope_scaling_factor, m.rope_low_freq_factor, m.rope_high_freq_factor, m.rope_original_seq_len)
+    scaling = {"rope_type": "llama3"} | dict(zip(_LLAMA3, values, strict=True))
+    return {"rope_theta": m.rope_theta, "rope_scaling": scaling}
+
+
+def read_window(c: Keys) -> int:
+    """The sliding window of a Qwen config, where it may be that of some layers alone; 0 where there is none."""
+    layers, window = c["num_hidden_layers"], c["sliding_window"] if c["use_sliding_window"] else None
+    full = min(c["max_window_layers"], layers) if window else layers
+    kinds = c["layer_types"] or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
+    if len(kinds) != layers or len(set(kinds)) != 1 or kinds[0] not in ("full_attention", "sliding_attention"):
+        key, value = ("layer_types", c["layer_types"]) if c["layer_types"] else ("max_window_layers", full)
+        raise c.refuse(key, value, f"expected full_attention or sliding_attention in all {layers} layers alike")
+    if kinds[0] == "full_attention":
+        return 0
+    if not window:
+        raise c.refuse("sliding_window", c["sliding_window"], "expected its size, as the layers have a window")
+    return window

@@ -1,0 +1,110 @@
+"""A model of ours as a Hugging Face Hub directory that the transformers library loads."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lmboost import sharding
+from lmboost.data.tokenizer import Tokenizer
+from lmboost.errors import UserError
+from lmboost.hf import files, tokenizer_files, weights
+from lmboost.hf.families import FAMILIES, QWEN2
+from lmboost.hf.family import Family
+from lmboost.models import transformer
+from lmboost.models.transformer import ModelConfig
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- lmboost
+---
+
+# {title}
+
+{text}
+
+Its manifest:
+
+```json
+{manifest}
+```
+"""
+
+
+def export(
+    directory: pathlib.Path,
+    params: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    dtype: str = "float32",
+    max_shard_bytes: int = 5 * 10**9,
+) -> list[str]:
+    """Writes config.json, safetensors, tokenizer, generation_config.json and a model card into an empty directory.
+
+    Padded rows of the vocabulary are left out. Returns a line that says what was written. Raises a UserError where no
+    architecture of transformers computes what the model does.
+    """
+    model = ModelConfig(**manifest["model"])
+    family = family_of(model)
+    if family is QWEN2 and not tokenizer_files.is_qwen(tokenizer):
+        # AutoTokenizer would split texts for a Qwen2 model as Qwen does, whatever its files say.
+        model = dataclasses.replace(model, attn_out_bias=True)
+        params, family = _with_zero_bias(params), family_of(model)
+    leaves = {sharding.path_name(keys): x for keys, x in jax.tree_util.tree_leaves_with_path(params)}
+    tensors = weights.tensors(family, {path: x.shape for path, x in leaves.items()}, model.vocab_size)
+    entries = [weights.entry(tensor, leaves, _DTYPES[dtype]) for tensor in tensors]
+    files.write_tensors(directory, entries, _DTYPES[dtype], max_shard_bytes)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype}
+    files.write_json(directory / "config.json", config | family.config(model) | special | {"pad_token_id": None})
+    files.write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
+    tokenizer_files.write(tokenizer, directory, model.max_seq_len)
+    (directory / "README.md").write_text(_card(family, model, manifest), encoding="utf-8")
+    return [f"{family.architecture}, {transformer.num_params(model):,} parameters in {dtype}, {len(entries)} tensors"]
+
+
+def family_of(model: ModelConfig) -> Family:
+    """The architecture that a model is written as; a UserError says which switches stand in the way."""
+    misfits = {family.architecture: family.misfits(model) for family in FAMILIES}
+    for family in FAMILIES:
+        if not misfits[family.architecture]:
+            return family
+    nearest = min(misfits, key=lambda name: len(misfits[name]))
+    raise UserError(
+        f"no architecture of transformers that lmboost writes computes what this model does. {nearest} would, but for "
+        f"{', '.join(misfits[nearest])}."
+    )
+
+
+def _with_zero_bias(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters with a bias of zero on the attention's output, which changes nothing."""
+    layers = params["layers"]
+    kernel = layers["attn"]["o"]["kernel"]
+    o = layers["attn"]["o"] | {"bias": jnp.zeros((kernel.shape[0], kernel.shape[-1]), kernel.dtype)}
+    return params | {"layers": layers | {"attn": layers["attn"] | {"o": o}}}
+
+
+def _card(family: Family, model: ModelConfig, manifest: Mapping[str, Any]) -> str:
+    """README.md: what the model is, and the manifest of the run that made it."""
+    lines = [
+        f"{model.num_layers} layers of width {model.d_model}, {model.num_heads} heads ({model.num_kv_heads} of keys "
+        f"and values), MLPs of {model.mlp_dim}, a vocabulary of {model.vocab_size:,}. Written by `lmboost.convert`."
+    ]
+    if config := manifest.get("config"):
+        helpers = [f"a {name}" for name in ("teacher", "scorer") if manifest.get(name)]
+        lines.append(
+            f"Pretrained with lmboost for {config['steps']:,} steps of {config['batch_size']:,} rows of "
+            f"{config['seq_len']:,} tokens, {'with the help of ' + ' and '.join(helpers) if helpers else 'alone'}."
+        )
+    return _CARD.format(
+        title=f"{family.architecture}, {transformer.num_params(model):,} parameters",
+        text="\n".join(lines),
+        manifest=json.dumps(manifest, indent=1, sort_keys=True),
+    )
