@@ -7,6 +7,8 @@ that does not exist can be neither set in a recipe nor overridden on the command
 import dataclasses
 import importlib.util
 import os
+import sys
+import types
 from collections.abc import Iterable, Iterator, Sequence
 
 from ml_collections import ConfigDict
@@ -28,7 +30,12 @@ def base() -> ConfigDict:
 
     # Where the student starts. Order: own checkpoint in the workdir, resume.from, init.from, random.
     c.resume = ConfigDict({"from": ""})  # a run or checkpoint to go on from: parameters, optimizer, step, data
-    c.init = ConfigDict({"from": ""})  # a run, checkpoint or hf:DIR whose parameters the student starts with
+    c.init = init = ConfigDict()
+    init["from"] = ""  # a run, a checkpoint or hf:DIR whose parameters the student starts with
+    init.step = -1  # of a run: which checkpoint; -1 is the last
+    init.kind = "copy"  # "inherit": layers of a deeper model (Inheritune); "stack": layers, over and over
+    init.layers = ""  # of the parent, counted from 0, as "0-5,8"; empty: the first ones, or all ("stack")
+    init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)
 
     c.teacher = teacher = ConfigDict()
     teacher["from"] = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub
@@ -160,14 +167,25 @@ def load_recipe(recipe: str) -> ConfigDict:
     path, _, variant = recipe.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config={recipe}: there is no file {path!r}.")
-    spec = importlib.util.spec_from_file_location("lmboost_recipe", path)
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = load_module(path)
         return module.get_config(variant) if variant else module.get_config()
     except (AttributeError, ImportError, KeyError, SyntaxError, TypeError) as error:
         message = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'").replace("\n", " ")
         raise UserError(f"--config={recipe} does not load: {message}") from error
+
+
+def load_module(path: str) -> types.ModuleType:
+    """A recipe's file as a module. It may import the recipes beside it, as a script may."""
+    spec = importlib.util.spec_from_file_location("lmboost_recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    beside = os.path.dirname(os.path.abspath(path))
+    sys.path.insert(0, beside)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(beside)
+    return module
 
 
 def _override(tree: ConfigDict, flag: str, text: str | None) -> None:

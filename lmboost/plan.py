@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 from lmboost import align, checkpoint, flops, schedules, select, sharding
 from lmboost import config as configs
 from lmboost.data import loader
-from lmboost.errors import UserError
+from lmboost.errors import UserError, one_of
 from lmboost.models import attention
 from lmboost.models.transformer import ModelConfig
 from lmboost.objective import Distillation
+from lmboost.surgery import inherit
 from lmboost.train_step import Objective
 
 PACKAGES = ("lmboost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -102,6 +103,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     student = _model(config, ModelConfig(**config.model), "model", platform)
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
+    _check_init(config)
     phases = schedules.help_phases(config.objective, config.steps)
     active = frozenset().union(*(helps for _, helps in phases))
     teacher = scorer = None
@@ -208,6 +210,13 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
     return train_data, validation_data
 
 
+def _check_init(config: ConfigDict) -> None:
+    one_of("init.kind", config.init.kind, inherit.KINDS)
+    for field, default in (("kind", "copy"), ("layers", ""), ("fresh", "")):
+        if (value := config.init[field]) != default and not config.init["from"]:
+            raise UserError(f"init.{field}={value!r}, but init.from is empty: give the model that it is about.")
+
+
 def _check_tasks(config: ConfigDict) -> None:
     if config.eval.tasks_every < 0:
         raise UserError(f"eval.tasks_every={config.eval.tasks_every} must be at least 0; 0 is only at the end.")
@@ -232,33 +241,6 @@ def _helper(config: ConfigDict, field: str, path: str, step: int, active: frozen
     model = ModelConfig(**manifest["model"])
     model = dataclasses.replace(model, dtype=config.teacher.dtype, remat="none", attention="auto")
     return Helper(directory, _model(config, model, f"the model of {field}", platform), manifest)
-
-
-def init_remarks(run: Plan, directory: epath.Path) -> list[str]:
-    """What the student computes otherwise than the model that it starts from, where their parameters fit.
-
-    Raises a UserError where their tokens are others, in number or by the tokenizer: rows would stand for what they do
-    not mean.
-    """
-    manifest = checkpoint.read_manifest(directory)
-    found, remarks = ModelConfig(**manifest["model"]), []
-    if manifest["data"]["tokenizer"] not in (None, run.train_data.tokenizer_fingerprint):
-        raise UserError(
-            f"init.from: the model in {directory} was trained with another tokenizer than the data: its embeddings "
-            "stand for other tokens. Prepare the data with its tokenizer, or choose another model."
-        )
-    if found.vocab_size != run.student.vocab_size:
-        raise UserError(
-            f"model.vocab_size={run.student.vocab_size}, but the model in {directory} (init.from) has "
-            f"{found.vocab_size}: set it to that, or give another model."
-        )
-    neutral = {"init_std", "vocab_multiple", "dtype", "attention", "remat"}
-    neutral |= {"max_seq_len"} if run.student.position == "rope" else set()
-    for field in dataclasses.fields(ModelConfig):
-        there, here = getattr(found, field.name), getattr(run.student, field.name)
-        if field.name not in neutral and there != here:
-            remarks.append(f"the student has {field.name}={here!r}, the model it starts from {there!r}")
-    return remarks
 
 
 def _check_tokenizer(helper: Helper, field: str, data: loader.DataInfo, student: ModelConfig) -> None:

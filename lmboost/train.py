@@ -25,7 +25,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, flops, metrics, optimizers, plan, sharding
+from lmboost import checkpoint, config, evaluate, flops, metrics, optimizers, plan, sharding, start
 from lmboost.data import loader, tokenizer
 from lmboost.errors import UserError, exit_on_user_error
 from lmboost.models import transformer
@@ -135,12 +135,11 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer
         return state, step
     state = jax.jit(fresh, out_shardings=shardings)()
     if init:
-        directory = checkpoint.find(init, field="init.from")
-        for remark in plan.init_remarks(run, directory):
-            say(f"init.from: {remark}")
-        params = checkpoint.load_params(directory, like.params["model"], mesh)
+        params, remarks = start.from_init(run, state.params["model"], mesh)
         state = state.replace(params=state.params | {"model": params})
-        say(f"start: init.from {directory}, step 0")
+        for remark in remarks:
+            say(f"init.from: {remark}")
+        say(f"start: init.from {init}, step 0")
     else:
         say(f"start: random parameters, seed {c.seed}, step 0")
     return state, 0

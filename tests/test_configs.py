@@ -1,7 +1,6 @@
 """Every recipe and variant builds, and its full-size model traces."""
 
 import functools
-import importlib.util
 import pathlib
 import re
 
@@ -14,15 +13,13 @@ from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.transformer import ModelConfig
 
+ALONE = ("plain", "teacher", "reference", "scratch", "double", "shallow", "half_width")
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 @functools.cache
 def module(path):
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    out = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(out)
-    return out
+    return config.load_module(str(path))
 
 
 def variants_of(path):
@@ -66,8 +63,9 @@ def test_recipe_only_leaves_open_what_the_command_line_gives(path, variant):
     c = module(path).get_config(variant)
     flat = config.flatten(c)
     assert c.teacher["from"] == "" and c.data.train == ""
-    helped = c.objective.kd.weight > 0 or c.objective.align.weight > 0
-    assert helped != any(arm in variant for arm in ("plain", "teacher"))
+    assert c.init["from"] == "" and c.resume["from"] == ""
+    helped = c.objective.kd.weight > 0 or c.objective.align.weight > 0 or c.init.kind != "copy"
+    assert helped != bool({*variant.split(",")} & {*ALONE})
     assert c.is_locked and {*flat} == {*config.flatten(config.base())}
     assert c.optimizer.warmup_steps < c.steps
     if variant.endswith("tiny"):
@@ -87,15 +85,17 @@ def test_docstring_shows_commands_that_parse(path, monkeypatch, tmp_path):
     for command in commands:
         c, workdir = config.load(command.split())
         assert c.data.train and workdir
-    assert c.teacher["from"], "the last command is the helped run"
+    assert c.teacher["from"] or c.init["from"], "the last command is the helped run"
     assert all(re.search(rf"\b{v}\b", text) for v in module(path).VARIANTS), "every variant is described"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_unknown_variant_names_the_known(path):
+    first, second = module(path).VARIANTS[:2]
+    wrong = first.replace(first[1:3], first[2:0:-1], 1)
     with pytest.raises(
-        UserError, match=r"variant='plian' is not known \(did you mean 'plain'\?\): expected one of .*tiny"
+        UserError, match=rf"variant='{wrong}' is not known \(did you mean '{first}'\?\): expected.*tiny"
     ):
-        module(path).get_config("plian")
-    with pytest.raises(UserError, match=r"names several arms \(plain, teacher\)"):
-        module(path).get_config("teacher,plain")
+        module(path).get_config(wrong)
+    with pytest.raises(UserError, match=rf"names several arms \({', '.join(sorted((first, second)))}\)"):
+        module(path).get_config(f"{second},{first}")

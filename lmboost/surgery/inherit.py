@@ -19,8 +19,8 @@ from lmboost.models.transformer import ModelConfig
 KINDS = ("copy", "inherit", "stack")
 # What a model has besides its layers, and where that is in the parameters.
 PARTS = {"embedding": "embed", "positions": "position_embed", "final_norm": "final_norm", "head": "head"}
-# Fields in which the two models may differ: they shape no parameter and change no layer.
-FREE = ("num_layers", "dtype", "attention", "remat", "init_std")
+# Fields in which the two models may differ: they change no layer. (Padded rows are checked when they are read.)
+FREE = ("num_layers", "dtype", "attention", "remat", "init_std", "vocab_multiple")
 
 
 @dataclasses.dataclass(frozen=True)

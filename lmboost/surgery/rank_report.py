@@ -1,0 +1,89 @@
+"""Rank and column mass of a checkpoint's attention as a table, numbers and a plot."""
+
+import json
+import os
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+
+from lmboost import generate, sharding
+from lmboost.data import loader
+from lmboost.errors import UserError
+from lmboost.surgery import attention_rank
+
+COLOURS = ("#0072B2", "#D55E00")
+
+
+def write(checkpoint: str, out: str, data: str = "", step: int = -1, rows: int = 100, tokens: int = 100) -> None:
+    """Measures `rows` sequences of `tokens` tokens; writes OUT/rank.md, OUT/rank.json and OUT/rank.png.
+
+    data: empty is what the model was trained on; the sequences are the first of its validation split.
+    """
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh):
+        loaded = generate.load_model(checkpoint, step, mesh, "float32")
+        trained_on = (loaded.manifest.get("config") or {}).get("data", {}).get("train", "")
+        spec = data or trained_on
+        if not spec:
+            raise UserError(f"--data is empty, and {checkpoint!r} does not say what it was trained on: give the data.")
+        if loader.info(spec, "validation").tokenizer_fingerprint != loaded.manifest["data"]["tokenizer"]:
+            raise UserError(f"--data={spec!r} was prepared with another tokenizer than the model in {checkpoint}.")
+        ranks = attention_rank.measure(loaded.model, loaded.params, sequences(spec, rows, tokens))
+    os.makedirs(out, exist_ok=True)
+    with open(f"{out}/rank.json", "w") as file:
+        json.dump({"rank": ranks.rank.tolist(), "columns": ranks.columns.tolist(), "lazy": ranks.lazy}, file, indent=1)
+    text = table(ranks, rows, tokens)
+    with open(f"{out}/rank.md", "w") as file:
+        file.write(text)
+    plot(ranks, f"{out}/rank.png")
+    print(text)
+
+
+def sequences(spec: str, rows: int, tokens: int) -> np.ndarray:
+    """The first `rows` stretches of `tokens` tokens [rows, tokens] of a validation split that lie in one document."""
+    found, length = [], 1 << (tokens - 1).bit_length()  # rows whose length divides that of the records
+    for batch in loader.Loader(spec, "validation", length).eval_batches(16):
+        segments = batch["segment_ids"][:, :tokens]
+        whole = (segments == segments[:, :1]).all(1) & (segments[:, 0] > 0)
+        found += list(batch["tokens"][whole, :tokens])
+        if len(found) >= rows:
+            return np.stack(found[:rows])
+    raise UserError(
+        f"--rows={rows}, --tokens={tokens}: the validation split of {spec!r} has {len(found)} stretches of that length "
+        "in one document. Ask for fewer or shorter ones."
+    )
+
+
+def table(ranks: attention_rank.Ranks, rows: int, tokens: int) -> str:
+    """Markdown: a line for each layer, and how many layers to inherit."""
+    lines = [
+        f"Over {rows} sequences of {tokens} tokens; k* and m* hold {attention_rank.SHARE:.2f} of the squared norm."
+    ]
+    lines += ["", "| layer | MaxRank (largest k*) | mean k* | mean m* | |", "|--:|--:|--:|--:|:--|"]
+    for layer, (k, m) in enumerate(zip(ranks.rank, ranks.columns, strict=True)):
+        lazy = "lazy" if layer in ranks.lazy else ""
+        lines.append(f"| {layer} | {k.max():.2f} | {k.mean():.2f} | {m.mean():.2f} | {lazy} |")
+    count = ranks.proposed_layers()
+    lines += ["", f"To inherit: layers 0 to {count - 1} ({count} of {len(ranks.rank)}).", ""]
+    return "\n".join(lines)
+
+
+def plot(ranks: attention_rank.Ranks, path: str) -> None:
+    """The largest and the mean k* of each layer."""
+    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    layers = np.arange(len(ranks.rank))
+    for values, name, colour in ((ranks.max_rank, "MaxRank", COLOURS[0]), (ranks.rank.mean(1), "mean k*", COLOURS[1])):
+        axes.plot(layers, values, "o-", color=colour, ms=4, lw=1.6)
+        axes.annotate(name, (layers[-1], values[-1]), (8, 0), textcoords="offset points", color=colour, va="center")
+    for head in ranks.rank.T:
+        axes.plot(layers, head, ".", color="#999999", ms=3, zorder=1)
+    axes.axhline(1, color="#4d4d4d", lw=0.9, ls=(0, (4, 3)), zorder=1)
+    axes.set_xlabel("Layer")
+    axes.set_ylabel("Rank that holds 0.90 of the squared norm")
+    axes.set_title("Rank of attention: heads (grey), their mean and largest", loc="left", fontsize=11)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.08)
+    figure.savefig(path)
