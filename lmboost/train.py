@@ -139,7 +139,7 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer
         state = state.replace(params=state.params | {"model": params})
         for remark in remarks:
             say(f"init.from: {remark}")
-        say(f"start: init.from {init}, step 0")
+        say(f"start: init.from {checkpoint.find(init, c.init.step, 'init.from')}, step 0")
     else:
         say(f"start: random parameters, seed {c.seed}, step 0")
     return state, 0
