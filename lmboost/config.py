@@ -230,8 +230,11 @@ def flatten(tree: ConfigDict) -> dict[str, object]:
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
-    """What two configs of one run may not differ in, as lines "field: old -> new"."""
-    a, b = flatten(old), flatten(new)
+    """What two configs of one run may not differ in, as lines "field: old -> new".
+
+    A field that the old one does not have, as it was written before there was such a field, has its default.
+    """
+    a, b = flatten(base()) | flatten(old), flatten(new)
     names = [n for n in sorted({*a, *b}) if not any(n == f or n.startswith(f + ".") for f in FREE)]
     missing = object()
     return [f"{n}: {a.get(n, None)!r} -> {b.get(n, None)!r}" for n in names if a.get(n, missing) != b.get(n, missing)]

@@ -159,6 +159,15 @@ def test_differences_sees_fields_that_only_one_has():
     assert config.differences(old, new) == ["gone: 1 -> None"]
 
 
+def test_differences_takes_a_field_that_there_was_not_for_its_default():
+    old, new = config.base().copy_and_resolve_references(), config.base()
+    with old.unlocked():
+        del old.init["kind"]
+    assert config.differences(old, new) == []
+    new.init.kind = "inherit"
+    assert config.differences(old, new) == ["init.kind: 'copy' -> 'inherit'"]
+
+
 def test_flatten_names_every_leaf_once():
     flat = config.flatten(config.base())
     assert flat["teacher.from"] == "" and flat["objective.align.scale"] == "ratio" and "objective" not in flat

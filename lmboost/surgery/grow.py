@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmboost import evaluate, metrics, train
+from lmboost import checkpoint, evaluate, metrics, train
 from lmboost.errors import UserError
 
 
@@ -30,14 +30,15 @@ def grow(
     """Runs the rounds; returns how many layers the last one has.
 
     Args:
-      config: the recipe of every round, at the reference's size; `model.num_layers` is the reference's depth.
+      config: the recipe of every round; its number of layers and its `init` are set here.
       reference: the run or checkpoint that is inherited from.
       first: layers of round 0; 0 is half of the reference's.
       by: how many more each round inherits.
       target: the loss to meet; None is the reference's own, over the same rows that the rounds are validated on.
       last: how many of a round's last evaluations are averaged (noise is 0.01 to 0.03 on OpenWebText).
     """
-    depth = config.model.num_layers
+    directory = checkpoint.find(reference, field="--reference")
+    depth = checkpoint.read_manifest(directory)["model"]["num_layers"]
     first = first or -(-depth // 2)
     if not 1 <= first <= depth:
         raise UserError(f"--first={first}: the reference has {depth} layers; give 1 to {depth}, or 0 for half of them.")

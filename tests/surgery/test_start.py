@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_named(tmp_path, recipe, data, reference, overrides
 def test_rounds_until_the_reference_is_met(tmp_path, recipe, data, reference):
     def rounds(target):
         workdir = tmp_path / f"grown{target}"
-        config, _ = load([f"--config={recipe}", f"--workdir={workdir}", data, DEPTH])
+        config, _ = load([f"--config={recipe}", f"--workdir={workdir}", data])  # of two layers; the reference has four
         layers = grow.grow(config, str(workdir), reference, by=1, target=target, say=lambda *_: None)
         return (
             layers,
