@@ -5,9 +5,34 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
+# jax reads these when it is imported, so what imports it is imported in the fixtures.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lmboost-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A directory for a module's runs."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def recipe(home):
+    """The recipe of tiny runs."""
+    from tests import runs
+
+    return runs.write_recipe(home)
+
+
+@pytest.fixture(scope="module")
+def data(home):
+    """The flag that gives a tiny run its data."""
+    from tests import runs
+
+    return "--config.data.train=" + runs.write_data(home)

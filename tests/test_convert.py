@@ -20,16 +20,6 @@ SHORT = "--config.steps=2"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def recipe(home):
-    return runs.write_recipe(home)
-
-
-@pytest.fixture(scope="module")
 def data(home):
     return runs.write_data(home)
 

@@ -323,14 +323,7 @@ def test_validation_loss_of_a_model_from_the_hub(hub, tmp_path):
 # Inside training
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    return home, runs.write_recipe(home), "--config.data.train=" + runs.write_data(home)
-
-
-def test_tasks_are_evaluated_while_training(harness, home, tasks):
-    home, recipe, data = home
+def test_tasks_are_evaluated_while_training(harness, home, recipe, data, tasks):
     flags = ["--config.eval.tasks=choosing,reading", f"--config.eval.tasks_include={tasks}", "--config.steps=4"]
     flags += ["--config.eval.tasks_every=2", "--config.log.tensorboard=false"]
     runs.run(recipe, home / "run", data, *flags)
@@ -353,10 +346,9 @@ def test_tasks_are_evaluated_while_training(harness, home, tasks):
         (["eval.tasks=broken"], "eval.tasks='broken': the data can't be read .*FileNotFoundError: .*gone.jsonl"),
     ],
 )
-def test_what_is_refused(harness, home, tasks, monkeypatch, tmp_path, overrides, message):
+def test_what_is_refused(harness, recipe, data, tasks, monkeypatch, tmp_path, overrides, message):
     manager = harness._manager(tasks, True)
     monkeypatch.setattr(harness, "_manager", lambda include, own: manager)  # the harness's own take long to read
-    home, recipe, data = home
     flags = [f"--config.eval.tasks_include={tasks}", *(f"--config.{override}" for override in overrides)]
     with pytest.raises(UserError, match=message):
         runs.run(recipe, tmp_path, data, *flags)

@@ -20,21 +20,6 @@ from tests import runs
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def recipe(home):
-    return runs.write_recipe(home)
-
-
-@pytest.fixture(scope="module")
-def data(home):
-    return "--config.data.train=" + runs.write_data(home)
-
-
-@pytest.fixture(scope="module")
 def teacher(home, recipe, data):
     runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
     return f"--config.teacher.from={home / 'teacher'}"

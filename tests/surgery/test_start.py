@@ -20,21 +20,6 @@ DEPTH = "--config.model.num_layers=4"
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    return tmp_path_factory.mktemp("surgery")
-
-
-@pytest.fixture(scope="module")
-def recipe(home):
-    return runs.write_recipe(home)
-
-
-@pytest.fixture(scope="module")
-def data(home):
-    return "--config.data.train=" + runs.write_data(home)
-
-
-@pytest.fixture(scope="module")
 def reference(home, recipe, data):
     runs.run(recipe, home / "reference", data, DEPTH)
     return str(home / "reference")
