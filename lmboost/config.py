@@ -33,7 +33,9 @@ def base() -> ConfigDict:
     c.init = init = ConfigDict()
     init["from"] = ""  # a run, a checkpoint or hf:DIR whose parameters the student starts with
     init.step = -1  # of a run: which checkpoint; -1 is the last
-    init.kind = "copy"  # "inherit": layers of a deeper model (Inheritune); "stack": layers, over and over
+    # "inherit": layers of a deeper model (Inheritune); "stack": layers, over and over; "subnet": layers of a larger
+    # model, and of everything in them the first entries, as many as the student has
+    init.kind = "copy"
     init.layers = ""  # of the parent, counted from 0, as "0-5,8"; empty: the first ones, or all ("stack")
     init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)
 
@@ -81,6 +83,30 @@ def base() -> ConfigDict:
     select.scorer_step = -1  # of a run: which checkpoint; -1 is the last
     select.stop = 0.2  # fraction of the run
 
+    # Search of a cut of init.from by lmboost.search ("Where to Begin", arXiv 2510.07227). Choices are given as
+    # "FIRST-LAST:STEP,...", as in "64-512:64,768"; empty is the parent's size alone.
+    c.search = search = ConfigDict()
+    search.params = ""  # the bin that parameters are counted in: "385.1M-425.6M", or "405M+-5%"
+    search.granularity = "coarse"  # the first entries of every dimension; "fine": any subset of them
+    search.scope = "layerwise"  # each layer has sizes of its own; "uniform": all the same
+    search.layers = ""  # choices: how many layers
+    search.layer_choice = "any"  # which ones, in their order; "first"
+    search.d_model = ""  # choices: features of the residual stream
+    search.num_kv_heads = ""  # choices: key/value heads
+    search.group_heads = ""  # choices: query heads of each key/value head
+    search.head_dim = ""  # choices; with rotary positions their rotated parts must divide that of the largest
+    search.mlp_dim = ""  # choices: units of the MLP
+    search.sort = "none"  # "activation": the first entries are those with the largest activations on held-out text
+    search.method = "evolution"  # "random"
+    search.candidates = 512  # that are evaluated, in all
+    search.population = 32  # candidates of a generation
+    search.elites = 8  # best candidates so far, from which the next generation comes
+    search.mutation = 0.15  # probability that a part of a candidate is drawn anew
+    search.crossover = 0.5  # share of a generation that has two parents
+    search.fresh = 0.1  # share of a generation that is drawn at random
+    search.batch = 8  # candidates that are computed at once, on all devices
+    search.rows = 32  # of the validation split, seq_len tokens each: the loss on them is a candidate's fitness
+
     c.optimizer = optimizer = ConfigDict()
     optimizer.name = "adamw"  # adafactor, muon, lion
     optimizer.learning_rate = 3e-4  # at the peak
@@ -118,7 +144,9 @@ def base() -> ConfigDict:
 
 
 # Fields that may differ between two starts of one run: they do not change what is computed.
-FREE = ("mesh", "checkpoint", "log", "data.workers", "max_nonfinite", "resume", "eval", "objective.block_tokens")
+FREE = (
+    "mesh", "checkpoint", "log", "data.workers", "max_nonfinite", "resume", "eval", "objective.block_tokens", "search",
+)  # fmt: skip
 
 
 def model(config: ModelConfig | None = None, **changes) -> ConfigDict:

@@ -26,7 +26,7 @@ from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError, exit_on_user_error, one_of
 from lmboost.hf import tokenizer_files, writer
 from lmboost.models import transformer
-from lmboost.models.transformer import DTYPES, ModelConfig
+from lmboost.models.model_config import DTYPES, ModelConfig
 
 
 def convert(

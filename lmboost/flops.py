@@ -29,24 +29,23 @@ PEAK_FLOPS = {
 def forward_flops(config: ModelConfig, seq_len: int, num_layers: int | None = None, vocabulary: bool = True) -> float:
     """FLOPs of a forward pass per token, a multiplication and an addition counted as two.
 
-        layers * (2 * (2 D H N + 2 D K N + m D F) + 4 H N s) + 2 D V
+        sum over layers of (2 * (2 D H N + 2 D K N + m D F) + 4 H N s) + 2 D V
 
     with m = 3 for a gated MLP, else 2. The first part is the projections, the second the two attention products
     over the s positions that a token sees on average (T / 2, or W - W^2 / 2T with a sliding window W < T), the last
-    the vocabulary projection. Looking an
-    embedding up, norms and nonlinearities are not counted. Documents packed into a row count as one.
+    the vocabulary projection. Looking an embedding up, norms and nonlinearities are not
+    counted. Documents packed into a row count as one.
 
     Args:
-      num_layers: how many layers are computed; None is all of them.
+      num_layers: how many of the first layers are computed; None is all of them.
       vocabulary: whether the vocabulary projection is computed.
     """
-    c = config
-    heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    projections = 2 * c.d_model * (heads + kv_heads) + (3 if c.mlp == "silu_gated" else 2) * c.d_model * c.mlp_dim
+    c, total = config, 0.0
     window = min(c.sliding_window or seq_len, seq_len)
-    layer = 2 * projections + 4 * heads * (window - window**2 / (2 * seq_len))
-    layers = c.num_layers if num_layers is None else num_layers
-    return float(layers * layer + (2 * c.d_model * c.vocab_size if vocabulary else 0))
+    for heads, kv_heads, head_dim, mlp_dim in c.sizes[:num_layers]:
+        projections = 2 * (heads + kv_heads) * head_dim + (3 if c.mlp == "silu_gated" else 2) * mlp_dim
+        total += 2 * c.d_model * projections + 4 * heads * head_dim * (window - window**2 / (2 * seq_len))
+    return total + (2 * c.d_model * c.vocab_size if vocabulary else 0)
 
 
 def step_flops(

@@ -26,7 +26,7 @@ from lmboost import checkpoint, objective, sharding
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError, exit_on_user_error, one_of
 from lmboost.models import attention, transformer
-from lmboost.models.transformer import DTYPES, ModelConfig
+from lmboost.models.model_config import DTYPES, ModelConfig
 
 _LOOK_EVERY = 32  # tokens between two looks at the text, where text decides when to stop
 

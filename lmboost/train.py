@@ -42,7 +42,7 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
     # ------------------------------------------------------------------ what is asked for, checked
     run = plan.make(c, workdir, jax.default_backend(), jax.device_count())
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
-    say(f"student: {transformer.num_params(run.student):,} parameters, mesh {dict(mesh.shape)}")
+    say(f"student: {run.student.num_params():,} parameters, mesh {dict(mesh.shape)}")
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         # -------------------------------------------------------------- data
@@ -174,7 +174,7 @@ def _load_helpers(run: plan.Plan, step: int, mesh: Mesh, say) -> dict[str, Any]:
         else:
             loaded[name] = checkpoint.load_params(helper.directory, like, mesh, dtype)
         origin = "random parameters" if run.config.teacher.random else helper.directory
-        say(f"{name}: {transformer.num_params(helper.model):,} parameters in {dtype}, {origin}")
+        say(f"{name}: {helper.model.num_params():,} parameters in {dtype}, {origin}")
     return loaded
 
 

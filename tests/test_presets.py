@@ -4,7 +4,6 @@ import pytest
 
 from lmboost.errors import UserError
 from lmboost.models.presets import PRESETS, preset, tiny
-from lmboost.models.transformer import num_params
 
 PUBLISHED = {
     "gpt2": 124_439_808,
@@ -37,16 +36,16 @@ def test_every_preset_is_counted():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameter_count_is_the_published_one(name):
-    assert num_params(preset(name)) == PUBLISHED[name]
+    assert preset(name).num_params() == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", ROUNDED)
 def test_parameter_count_rounds_to_the_name(name):
-    assert num_params(preset(name)) == pytest.approx(ROUNDED[name], rel=0.011)
+    assert preset(name).num_params() == pytest.approx(ROUNDED[name], rel=0.011)
 
 
 def test_padding_the_vocabulary_does_not_change_the_count():
-    assert num_params(preset("gpt2", vocab_multiple=128)) == PUBLISHED["gpt2"]
+    assert preset("gpt2", vocab_multiple=128).num_params() == PUBLISHED["gpt2"]
 
 
 def test_unknown_names_show_the_nearest():
@@ -76,4 +75,4 @@ def test_tiny_keeps_the_switches(name):
     )
     assert all(getattr(small, s) == getattr(full, s) for s in switches)
     assert (small.num_kv_heads < small.num_heads) == (full.num_kv_heads < full.num_heads)
-    assert num_params(small) < 500_000
+    assert small.num_params() < 500_000

@@ -15,7 +15,6 @@ from lmboost.errors import UserError
 from lmboost.hf import files, tokenizer_files, weights
 from lmboost.hf.families import FAMILIES, QWEN2
 from lmboost.hf.family import Family
-from lmboost.models import transformer
 from lmboost.models.transformer import ModelConfig
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
@@ -67,7 +66,7 @@ def export(
     files.write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     tokenizer_files.write(tokenizer, directory, model.max_seq_len)
     (directory / "README.md").write_text(_card(family, model, manifest), encoding="utf-8")
-    return [f"{family.architecture}, {transformer.num_params(model):,} parameters in {dtype}, {len(entries)} tensors"]
+    return [f"{family.architecture}, {model.num_params():,} parameters in {dtype}, {len(entries)} tensors"]
 
 
 def family_of(model: ModelConfig) -> Family:
@@ -104,7 +103,7 @@ def _card(family: Family, model: ModelConfig, manifest: Mapping[str, Any]) -> st
             f"{config['seq_len']:,} tokens, {'with the help of ' + ' and '.join(helpers) if helpers else 'alone'}."
         )
     return _CARD.format(
-        title=f"{family.architecture}, {transformer.num_params(model):,} parameters",
+        title=f"{family.architecture}, {model.num_params():,} parameters",
         text="\n".join(lines),
         manifest=json.dumps(manifest, indent=1, sort_keys=True),
     )

@@ -75,7 +75,8 @@ class Cache(NamedTuple):
     """Keys and values of the tokens so far, of every layer.
 
     Attributes:
-      k_LxBxSxKxN, v_LxBxSxKxN: S slots for each sequence, in the compute dtype.
+      k_LxBxSxKxN, v_LxBxSxKxN: S slots for each sequence, in the compute dtype. Layers with fewer heads or smaller
+        ones than others fill the first of them.
       index: int32 scalar, slots that are filled; the same for all sequences (shorter ones are padded on the left).
     """
 
@@ -101,12 +102,13 @@ def empty_cache(shape: tuple[int, ...], dtype: str) -> Cache:
     return Cache(k, v, jnp.int32(0))
 
 
-def attend_cached(q_BxTxHxN, cache: Cache, layer, segment_ids, window: int = 0) -> jax.Array:
+def attend_cached(q_BxTxHxN, cache: Cache, layer, kv_heads: int, segment_ids, window: int = 0) -> jax.Array:
     """As `attend`, for T new tokens whose keys and values `cache` holds from slot `cache.index` on.
 
     segment_ids: int32 [B, S], of all slots; what a slot beyond the new tokens holds does not matter.
     """
-    k_BxSxKxN, v_BxSxKxN = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in cache[:2])
+    own = (..., slice(kv_heads), slice(q_BxTxHxN.shape[-1]))  # slots are as large as the largest layer needs them
+    k_BxSxKxN, v_BxSxKxN = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)[own] for x in cache[:2])
     tokens, slots = q_BxTxHxN.shape[1], jnp.arange(k_BxSxKxN.shape[1])
     queries_T = cache.index + jnp.arange(tokens)
     q_segments = jax.lax.dynamic_slice_in_dim(segment_ids, cache.index, tokens, axis=1)

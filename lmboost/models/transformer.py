@@ -1,7 +1,8 @@
 """One decoder-only transformer, driven by its config.
 
 The layers' parameters are stacked on a leading axis and scanned, so that compile time does not grow
-with depth and a list of layers is a slice of an array. The vocabulary projection is not part of the
+with depth and a list of layers is a slice of an array. Layers of unequal sizes are several such stacks
+("layers/0", "layers/1", ...), one for each segment of the config. The vocabulary projection is not part of the
 forward pass: `head` gives its matrix, and the objective projects a block of tokens at a time.
 
 Shape suffixes: B batch, T tokens, D model width, H query heads, K key/value heads, N head size,
@@ -10,7 +11,7 @@ F MLP width, L layers, V vocabulary rows.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,90 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from lmboost import sharding
-from lmboost.errors import UserError, one_of
+from lmboost.errors import UserError
 from lmboost.models import attention, rope
-
-NORMS = ("rmsnorm", "layernorm", "layernorm_nobias")
-POSITIONS = ("rope", "learned")
-MLPS = ("gelu", "gelu_tanh", "relu", "silu_gated")
-QK_NORMS = ("none", "head", "full")
-NORM_PLACEMENTS = ("pre", "post")
-REMATS = ("none", "dots", "full")
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Shape and switches of a decoder. `validate` raises a UserError on what does not fit together."""
-
-    vocab_size: int = 32000  # rows that stand for a token
-    num_layers: int = 12
-    d_model: int = 768
-    num_heads: int = 12
-    num_kv_heads: int = 12  # fewer than num_heads: grouped-query attention
-    head_dim: int = 64
-    mlp_dim: int = 3072
-    max_seq_len: int = 1024  # with learned positions: rows of their table
-    norm: str = "rmsnorm"
-    norm_eps: float = 1e-5
-    norm_placement: str = "pre"  # of a layer's two norms: on the sublayer's input, or on its output (OLMo-2)
-    final_norm: bool = True
-    position: str = "rope"
-    position_offset: int = 0  # learned positions: unused rows before position 0 (OPT has 2)
-    rope_theta: float = 10000.0
-    rope_fraction: float = 1.0  # share of each head that is rotated (Pythia: 0.25)
-    rope_scaling_factor: float = 1.0  # above 1: llama-3 scaling, with the three numbers below
-    rope_low_freq_factor: float = 1.0
-    rope_high_freq_factor: float = 4.0
-    rope_original_seq_len: int = 8192
-    mlp: str = "silu_gated"
-    parallel_residual: bool = False  # x + attn(norm(x)) + mlp(norm(x)), as GPT-NeoX
-    sliding_window: int = 0  # tokens that a query sees, itself included (Mistral); 0 is all before it
-    qk_norm: str = "none"  # RMSNorm on queries and keys: per "head" or over the "full" projection
-    qkv_bias: bool = False
-    attn_out_bias: bool = False
-    mlp_bias: bool = False
-    tie_embeddings: bool = False
-    scale_attn_by_layer: bool = False  # attention logits times 1 / (layer + 1)
-    init_std: float = 0.02
-    vocab_multiple: int = 1  # rows are padded up to a multiple of this; padded rows are never predicted
-    dtype: str = "bfloat16"  # of compute; parameters are float32
-    attention: str = "auto"
-    remat: str = "none"
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows of the embedding and head matrices: vocab_size rounded up to vocab_multiple."""
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    @property
-    def rotary_dim(self) -> int:
-        """Features of a head that are rotated; even."""
-        return int(self.head_dim * self.rope_fraction) // 2 * 2
-
-    def validate(self, field: str = "model") -> "ModelConfig":
-        for name, known in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS), ("qk_norm", QK_NORMS)):
-            one_of(f"{field}.{name}", getattr(self, name), known)
-        one_of(f"{field}.norm_placement", self.norm_placement, NORM_PLACEMENTS)
-        one_of(f"{field}.remat", self.remat, REMATS)
-        one_of(f"{field}.dtype", self.dtype, DTYPES)
-        one_of(f"{field}.attention", self.attention, attention.IMPLEMENTATIONS)
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{field}.{name}={getattr(self, name)} must be at least 1.")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"{field}.num_heads={self.num_heads} is not a multiple of {field}.num_kv_heads={self.num_kv_heads}: "
-                "every group of query heads shares one key/value head."
-            )
-        if self.sliding_window < 0:
-            raise UserError(f"{field}.sliding_window={self.sliding_window} must be 0 (none) or a number of tokens.")
-        if self.parallel_residual and self.norm_placement == "post":
-            raise UserError(
-                f"{field}.parallel_residual=True needs {field}.norm_placement='pre': attention and MLP then read the "
-                "same normalised input."
-            )
-        return self
+from lmboost.models.model_config import ModelConfig, Segment
 
 
 def _normal(config: ModelConfig, residual: bool = False) -> nn.initializers.Initializer:
@@ -163,7 +83,7 @@ class Attention(nn.Module):
             y_BxTxHxN = attention.attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, c.attention, c.sliding_window)
         else:
             cache = cache.write(layer, k_BxTxKxN, v_BxTxKxN)
-            y_BxTxHxN = attention.attend_cached(q_BxTxHxN, cache, layer, segment_ids, c.sliding_window)
+            y_BxTxHxN = attention.attend_cached(q_BxTxHxN, cache, layer, c.num_kv_heads, segment_ids, c.sliding_window)
         o = nn.DenseGeneral(
             c.d_model,
             axis=(-2, -1),
@@ -244,7 +164,6 @@ class Transformer(nn.Module):
             self.position_embed = nn.Embed(
                 c.max_seq_len + c.position_offset, c.d_model, embedding_init=_normal(c), dtype=c.dtype
             )
-        self.block = Block(c, parent=None)
         self.layers = self.param("layers", self._init_layers)
         if c.final_norm:
             self.last_norm = Norm(c, name="final_norm")
@@ -255,9 +174,15 @@ class Transformer(nn.Module):
         x = jnp.zeros((1, 2, self.config.d_model), self.config.dtype)
         ids = jnp.zeros((1, 2), jnp.int32)
         # "xla", whatever the config says: kernels for one platform have no business in an initialiser.
-        block = Block(dataclasses.replace(self.config, attention="xla"), parent=None)
-        keys = jax.random.split(rng, self.config.num_layers)
-        return jax.vmap(lambda key: block.init(key, x, ids, ids, jnp.int32(0))["params"])(keys)
+        config = dataclasses.replace(self.config, attention="xla")
+        keys = jax.random.split(rng, config.num_layers)
+
+        def stack(segment):
+            block = Block(segment.config, parent=None)
+            draw = jax.vmap(lambda key: block.init(key, x, ids, ids, jnp.int32(0))["params"])
+            return draw(keys[segment.start : segment.stop])
+
+        return join_layers([stack(segment) for segment in config.segments()])
 
     def __call__(
         self,
@@ -280,15 +205,9 @@ class Transformer(nn.Module):
         """
         c, taps = self.config, taps or {}
 
-        def layer_step(x, layer_and_params):
-            layer, params = layer_and_params
-            x, _ = self.block.apply({"params": params}, x, segment_ids, positions, layer)
-            return x, None
-
-        layer_step = _remat(layer_step, c.remat)
-        stops = sorted({0, *capture, *taps, c.num_layers})
-        if (stops[0], stops[-1]) != (0, c.num_layers):
-            raise UserError(f"states {stops} are asked for; the model has states 0 to {c.num_layers}.")
+        stops = {0, *capture, *taps, c.num_layers}
+        if (min(stops), max(stops)) != (0, c.num_layers):
+            raise UserError(f"states {sorted(stops)} are asked for; the model has states 0 to {c.num_layers}.")
         captured = {}
 
         def visit(state, x):
@@ -297,12 +216,22 @@ class Transformer(nn.Module):
             return taps[state](x) if state in taps else x
 
         x_BxTxD = visit(0, self._embed_tokens(tokens, positions))
-        for start, stop in itertools.pairwise(stops):
-            layers = self.layers
-            if stop - start < c.num_layers:
-                layers = jax.tree.map(lambda a, part=slice(start, stop): a[part], layers)
-            x_BxTxD, _ = jax.lax.scan(layer_step, x_BxTxD, (jnp.arange(start, stop), layers))
-            x_BxTxD = visit(stop, x_BxTxD)
+        for segment, layers in split_layers(c, self.layers):
+            block = Block(segment.config, parent=None)
+
+            def layer_step(x, layer_and_params, block=block):
+                layer, params = layer_and_params
+                x, _ = block.apply({"params": params}, x, segment_ids, positions, layer)
+                return x, None
+
+            layer_step = _remat(layer_step, c.remat)
+            edges = sorted({segment.start, segment.stop, *(s for s in stops if segment.start < s < segment.stop)})
+            for start, stop in itertools.pairwise(edges):
+                part = layers
+                if stop - start < segment.stop - segment.start:
+                    part = jax.tree.map(lambda a, s=segment.start, i=start, j=stop: a[i - s : j - s], layers)
+                x_BxTxD, _ = jax.lax.scan(layer_step, x_BxTxD, (jnp.arange(start, stop), part))
+                x_BxTxD = visit(stop, x_BxTxD)
         return self.norm_last(x_BxTxD), captured
 
     def cached(self, tokens, segment_ids, positions, cache: attention.Cache):
@@ -311,13 +240,17 @@ class Transformer(nn.Module):
         segment_ids: int32 [B, S], of all slots of the cache.
         """
 
-        def layer_step(carry, layer_and_params):
-            x, cache = carry
-            layer, params = layer_and_params
-            return self.block.apply({"params": params}, x, segment_ids, positions, layer, cache), None
+        carry = self._embed_tokens(tokens, positions), cache
+        for segment, layers in split_layers(self.config, self.layers):
+            block = Block(segment.config, parent=None)
 
-        layers = (jnp.arange(self.config.num_layers), self.layers)
-        (x_BxTxD, cache), _ = jax.lax.scan(layer_step, (self._embed_tokens(tokens, positions), cache), layers)
+            def layer_step(carry, layer_and_params, block=block):
+                x, cache = carry
+                layer, params = layer_and_params
+                return block.apply({"params": params}, x, segment_ids, positions, layer, cache), None
+
+            carry, _ = jax.lax.scan(layer_step, carry, (jnp.arange(segment.start, segment.stop), layers))
+        x_BxTxD, cache = carry
         return self.norm_last(x_BxTxD), cache.advance(tokens.shape[1])
 
     def _embed_tokens(self, tokens, positions):
@@ -343,6 +276,23 @@ def _remat(step: Callable, policy: str) -> Callable:
         "full": jax.checkpoint_policies.nothing_saveable,
     }[policy]
     return jax.checkpoint(step, policy=keep, prevent_cse=False)
+
+
+def split_layers(config: ModelConfig, layers: Mapping[str, Any]) -> list[tuple[Segment, Any]]:
+    """The segments of a model, each with the stacked parameters of its layers."""
+    segments = config.segments()
+    return [(s, layers if len(segments) == 1 else layers[str(i)]) for i, s in enumerate(segments)]
+
+
+def join_layers(stacks: Sequence[Any]) -> Any:
+    """The "layers" of a parameter tree from the stacks of its segments; `split_layers` takes them apart."""
+    return stacks[0] if len(stacks) == 1 else {str(i): stack for i, stack in enumerate(stacks)}
+
+
+def one_layer(config: ModelConfig, params: Mapping[str, Any], layer: int) -> tuple[ModelConfig, Any]:
+    """(config with the layer's sizes, its parameters) of one layer, for a `Block`."""
+    segment, stack = next(x for x in split_layers(config, params["layers"]) if x[0].start <= layer < x[0].stop)
+    return segment.config, jax.tree.map(lambda a: a[layer - segment.start], stack)
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:
@@ -374,10 +324,3 @@ def apply_cached(config: ModelConfig, params, tokens, segment_ids, positions, ca
     return Transformer(config).apply(
         {"params": params}, tokens, segment_ids, positions, cache, method=Transformer.cached
     )
-
-
-def num_params(config: ModelConfig) -> int:
-    """Number of parameters, without padded vocabulary rows."""
-    config = dataclasses.replace(config, vocab_multiple=1)
-    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return sum(x.size for x in jax.tree.leaves(shapes))

@@ -51,11 +51,12 @@ def attention_matrices(config: ModelConfig, params, tokens_BxT: jax.Array) -> ja
     segment_ids, layers = jnp.ones_like(tokens_BxT), range(config.num_layers)
     config = dataclasses.replace(config, attention="xla", remat="none")
     _, states = transformer.apply(config, params, tokens_BxT, segment_ids, positions, capture=tuple(layers))
-    block = Block(config, parent=None)
 
     def one(layer):
-        own = {"params": jax.tree.map(lambda x: x[layer], params["layers"])}
-        _, seen = block.apply(own, states[layer], segment_ids, positions, jnp.int32(layer), mutable=["intermediates"])
+        own, weights = transformer.one_layer(config, params, layer)
+        _, seen = Block(own, parent=None).apply(
+            {"params": weights}, states[layer], segment_ids, positions, jnp.int32(layer), mutable=["intermediates"]
+        )
         ((q_BxTxHxN, k_BxTxKxN),) = seen["intermediates"]["attn"]["queries_and_keys"]
         return attention.weights(q_BxTxHxN, k_BxTxKxN, segment_ids, config.sliding_window)
 

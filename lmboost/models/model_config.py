@@ -1,0 +1,208 @@
+"""What a decoder is: its sizes and switches, checked, and how many parameters they make.
+
+Layers may be of unequal sizes, as those of a model that was cut out of another one are. Neighbours of equal sizes form
+a segment, whose parameters are stacked and scanned together; a model of equal layers is one segment.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lmboost.errors import UserError, one_of
+from lmboost.models import attention
+
+NORMS = ("rmsnorm", "layernorm", "layernorm_nobias")
+POSITIONS = ("rope", "learned")
+MLPS = ("gelu", "gelu_tanh", "relu", "silu_gated")
+QK_NORMS = ("none", "head", "full")
+NORM_PLACEMENTS = ("pre", "post")
+REMATS = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16")
+
+
+class LayerSizes(NamedTuple):
+    """The sizes in which layers of one model may differ."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+
+
+class Segment(NamedTuple):
+    """Neighbouring layers of equal sizes.
+
+    Attributes:
+      start, stop: the first layer, and the one after the last.
+      config: the model's, with the sizes of these layers; its num_layers is still the whole model's.
+    """
+
+    start: int
+    stop: int
+    config: "ModelConfig"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and switches of a decoder. `validate` raises a UserError on what does not fit together."""
+
+    vocab_size: int = 32000  # rows that stand for a token
+    num_layers: int = 12
+    d_model: int = 768
+    num_heads: int = 12
+    num_kv_heads: int = 12  # fewer than num_heads: grouped-query attention
+    head_dim: int = 64
+    mlp_dim: int = 3072
+    # Layers of unequal sizes, from the first to the last: "COUNT*HEADS/KV_HEADS/HEAD_DIM/MLP_DIM,..."; the four fields
+    # above are then the largest of each. Empty: all layers have these sizes.
+    layer_sizes: str = ""
+    max_seq_len: int = 1024  # with learned positions: rows of their table
+    norm: str = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_placement: str = "pre"  # of a layer's two norms: on the sublayer's input, or on its output (OLMo-2)
+    final_norm: bool = True
+    position: str = "rope"
+    position_offset: int = 0  # learned positions: unused rows before position 0 (OPT has 2)
+    rope_theta: float = 10000.0
+    rope_fraction: float = 1.0  # share of each head that is rotated (Pythia: 0.25)
+    rope_scaling_factor: float = 1.0  # above 1: llama-3 scaling, with the three numbers below
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_seq_len: int = 8192
+    mlp: str = "silu_gated"
+    parallel_residual: bool = False  # x + attn(norm(x)) + mlp(norm(x)), as GPT-NeoX
+    sliding_window: int = 0  # tokens that a query sees, itself included (Mistral); 0 is all before it
+    qk_norm: str = "none"  # RMSNorm on queries and keys: per "head" or over the "full" projection
+    qkv_bias: bool = False
+    attn_out_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    scale_attn_by_layer: bool = False  # attention logits times 1 / (layer + 1)
+    init_std: float = 0.02
+    vocab_multiple: int = 1  # rows are padded up to a multiple of this; padded rows are never predicted
+    dtype: str = "bfloat16"  # of compute; parameters are float32
+    attention: str = "auto"
+    remat: str = "none"
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows of the embedding and head matrices: vocab_size rounded up to vocab_multiple."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def rotary_dim(self) -> int:
+        """Features of a head that are rotated; even."""
+        return int(self.head_dim * self.rope_fraction) // 2 * 2
+
+    @property
+    def sizes(self) -> tuple[LayerSizes, ...]:
+        """The sizes of each layer; a UserError where `layer_sizes` can't be read."""
+        if not self.layer_sizes:
+            return (LayerSizes(*(getattr(self, name) for name in LayerSizes._fields)),) * self.num_layers
+        return parse_sizes(self.layer_sizes)
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The runs of layers of equal sizes, from the first to the last."""
+        sizes, stops = self.sizes, []
+        for layer in range(1, len(sizes)):
+            if sizes[layer] != sizes[layer - 1]:
+                stops.append(layer)
+        edges = zip([0, *stops], [*stops, len(sizes)], strict=True)
+        return tuple(
+            Segment(start, stop, dataclasses.replace(self, layer_sizes="", **sizes[start]._asdict()))
+            for start, stop in edges
+        )
+
+    def num_params(self) -> int:
+        """Number of parameters, without padded vocabulary rows.
+
+            D V (2, or 1 where tied) + D P (learned positions) + n D (final norm)
+              + sum over layers of D N (2 H + 2 K) + m D F + biases + norms
+
+        with n = 2 for a LayerNorm with bias, else 1, and m = 3 for a gated MLP, else 2.
+        """
+        norm = (2 if self.norm == "layernorm" else 1) * self.d_model
+        total = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        total += norm if self.final_norm else 0
+        if self.position == "learned":
+            total += (self.max_seq_len + self.position_offset) * self.d_model
+        return total + sum(self.layer_params(sizes) for sizes in self.sizes)
+
+    def layer_params(self, sizes: LayerSizes) -> int:
+        """Number of parameters of a layer of these sizes."""
+        heads, kv_heads, head_dim, mlp_dim = sizes
+        attn = 2 * (heads + kv_heads) * head_dim * self.d_model
+        attn += (heads + 2 * kv_heads) * head_dim if self.qkv_bias else 0
+        attn += self.d_model if self.attn_out_bias else 0
+        attn += {"none": 0, "head": 2 * head_dim, "full": (heads + kv_heads) * head_dim}[self.qk_norm]
+        ups = 2 if self.mlp == "silu_gated" else 1
+        mlp = (ups + 1) * self.d_model * mlp_dim + (ups * mlp_dim + self.d_model if self.mlp_bias else 0)
+        return attn + mlp + 2 * (2 if self.norm == "layernorm" else 1) * self.d_model
+
+    def validate(self, field: str = "model") -> "ModelConfig":
+        for name, known in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS), ("qk_norm", QK_NORMS)):
+            one_of(f"{field}.{name}", getattr(self, name), known)
+        one_of(f"{field}.norm_placement", self.norm_placement, NORM_PLACEMENTS)
+        one_of(f"{field}.remat", self.remat, REMATS)
+        one_of(f"{field}.dtype", self.dtype, DTYPES)
+        one_of(f"{field}.attention", self.attention, attention.IMPLEMENTATIONS)
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{field}.{name}={getattr(self, name)} must be at least 1.")
+        self._check_sizes(field)
+        if self.sliding_window < 0:
+            raise UserError(f"{field}.sliding_window={self.sliding_window} must be 0 (none) or a number of tokens.")
+        if self.parallel_residual and self.norm_placement == "post":
+            raise UserError(
+                f"{field}.parallel_residual=True needs {field}.norm_placement='pre': attention and MLP then read the "
+                "same normalised input."
+            )
+        return self
+
+    def _check_sizes(self, field: str) -> None:
+        sizes = self.sizes
+        if len(sizes) != self.num_layers:
+            raise UserError(
+                f"{field}.layer_sizes={self.layer_sizes!r} are {len(sizes)} layers, but {field}.num_layers="
+                f"{self.num_layers}: give the sizes of every layer."
+            )
+        for layer, (heads, kv_heads, _, _) in enumerate(sizes):
+            if heads % kv_heads:
+                where = f"in layer {layer} of {field}.layer_sizes: {heads} heads" if self.layer_sizes else ""
+                raise UserError(
+                    f"{where or f'{field}.num_heads={heads}'} is not a multiple of {field}.num_kv_heads={kv_heads}: "
+                    "every group of query heads shares one key/value head."
+                )
+        for name, largest in zip(LayerSizes._fields, map(max, zip(*sizes, strict=True)), strict=True):
+            if getattr(self, name) != largest:
+                raise UserError(
+                    f"{field}.{name}={getattr(self, name)}, but the largest in {field}.layer_sizes is {largest}: "
+                    "set it to that."
+                )
+
+
+def parse_sizes(text: str, field: str = "model.layer_sizes") -> tuple[LayerSizes, ...]:
+    """The sizes of each layer in "2*8/4/64/1024,6/2/64/512"; a UserError where a part is not of that form."""
+    sizes: list[LayerSizes] = []
+    for word in text.split(","):
+        match = re.fullmatch(r"(?:(\d+)\*)?(\d+)/(\d+)/(\d+)/(\d+)", word.strip())
+        if not match or not all(int(n) for n in match.groups("1")):
+            raise UserError(
+                f"{field}={text!r}: {word.strip()!r} is not of the form COUNT*HEADS/KV_HEADS/HEAD_DIM/MLP_DIM, "
+                "numbers from 1 on; as in '2*8/4/64/1024,6/2/64/512'."
+            )
+        count, *own = (int(n) for n in match.groups("1"))
+        sizes += [LayerSizes(*own)] * count
+    return tuple(sizes)
+
+
+def format_sizes(sizes: Sequence[LayerSizes]) -> str:
+    """Sizes as `parse_sizes` reads them, equal neighbours together."""
+    runs: list[list] = []
+    for one in sizes:
+        if runs and runs[-1][1] == one:
+            runs[-1][0] += 1
+        else:
+            runs.append([1, one])
+    return ",".join((f"{count}*" if count > 1 else "") + "/".join(map(str, one)) for count, one in runs)
