@@ -42,7 +42,7 @@ class Family:
       read, write: the other fields from config.json, and the other keys from a ModelConfig.
       switches: fields of a ModelConfig, and the values that they can have in this family.
       equal: pairs of fields that are equal in this family.
-      full_width: heads * head_dim is d_model.
+      full_width: heads * head_dim is d_model; a model in which it is less is filled up with zeros.
       prefix: of the names of tensors; files of the bare model leave it out.
       tensors: (name, layout, parameters), as in `weights.Layout`; "*" counts the layers. Those whose parameters a
         model does not have, biases mostly, do not count.
@@ -81,8 +81,6 @@ class Family:
             for a, b in self.equal
             if getattr(model, a) != getattr(model, b)
         ]
-        if self.full_width and model.num_heads * model.head_dim != model.d_model:
-            out.append(f"num_heads={model.num_heads} * head_dim={model.head_dim} (expected d_model={model.d_model})")
         return out
 
 

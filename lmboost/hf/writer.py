@@ -16,6 +16,7 @@ from lmboost.hf import files, tokenizer_files, weights
 from lmboost.hf.families import FAMILIES, QWEN2
 from lmboost.hf.family import Family
 from lmboost.models.transformer import ModelConfig
+from lmboost.surgery import widen
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 _CARD = """---
@@ -47,11 +48,14 @@ def export(
 ) -> list[str]:
     """Writes config.json, safetensors, tokenizer, generation_config.json and a model card into an empty directory.
 
-    Padded rows of the vocabulary are left out. Returns a line that says what was written. Raises a UserError where no
+    Padded rows of the vocabulary are left out; layers of unequal sizes are filled up with zeros to equal ones, and so are
+    heads that do not make up the width where they must. Returns a line that says what was written. Raises a UserError where no
     architecture of transformers computes what the model does.
     """
     model = ModelConfig(**manifest["model"])
     family = family_of(model)
+    wide = widen.wide_config(model, family.full_width)
+    params, model = widen.widen(model, params, wide), wide
     if family is QWEN2 and not tokenizer_files.is_qwen(tokenizer):
         # AutoTokenizer would split texts for a Qwen2 model as Qwen does, whatever its files say.
         model = dataclasses.replace(model, attn_out_bias=True)
@@ -70,10 +74,12 @@ def export(
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The architecture that a model is written as; a UserError says which switches stand in the way."""
-    misfits = {family.architecture: family.misfits(model) for family in FAMILIES}
+    """The architecture that a model is written as; a UserError says which switches or sizes stand in the way."""
+    equal = widen.wide_config(model)
+    misfits = {family.architecture: family.misfits(equal) for family in FAMILIES}
     for family in FAMILIES:
         if not misfits[family.architecture]:
+            widen.wide_config(model, family.full_width)  # raises where zeros can't fill it up
             return family
     nearest = min(misfits, key=lambda name: len(misfits[name]))
     raise UserError(

@@ -2,11 +2,20 @@
 
 A cut names what it keeps in the parent's own indices: features of the residual stream (the same in the whole network)
 and, of each layer that is kept, key/value heads, query heads of each of them, features of a head and units of the MLP.
-The paper's four spaces are four ways to come to such a cut (`space`). Weights are copied, none is rescaled; attention
-logits are divided by the square root of the new head size, and rotary positions are those of that size.
+The four spaces of the paper are ways to come to such a cut (`space.py`). Weights are copied, none is rescaled;
+attention logits are divided by the square root of the new head size, and rotary positions are those of that size.
 """
 
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmboost.errors import UserError
+from lmboost.models import transformer
+from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes
+from lmboost.surgery import slots
 
 
 class LayerCut(NamedTuple):
@@ -32,3 +41,115 @@ class Cut(NamedTuple):
 
     width: tuple[int, ...]
     layers: tuple[LayerCut, ...]
+
+
+def child_config(parent: ModelConfig, cut: Cut) -> ModelConfig:
+    """The model that a cut makes; a plain config where its layers are of equal sizes.
+
+    Raises a UserError where the cut names what the parent has not, or not in order.
+    """
+    check(parent, cut)
+    sizes = [
+        LayerSizes(sum(map(len, layer.heads)), len(layer.groups), len(layer.features), len(layer.units))
+        for layer in cut.layers
+    ]
+    largest = LayerSizes(*map(max, zip(*sizes, strict=True)))
+    unequal = format_sizes(sizes) if len(set(sizes)) > 1 else ""
+    return dataclasses.replace(
+        parent, num_layers=len(sizes), d_model=len(cut.width), layer_sizes=unequal, **largest._asdict()
+    )
+
+
+def extract(parent: ModelConfig, params: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
+    """The parameters of `child_config(parent, cut)`: copies of the parent's."""
+    child, width = child_config(parent, cut), np.array(cut.width, np.int32)
+    stacks = []
+    for start, stop, _ in child.segments():
+        stacks.append(
+            slots.gather_layers(parent, params["layers"], width, _layer_slots(parent, cut.layers[start:stop]))
+        )
+    return slots.gather_rest(params, width) | {"layers": transformer.join_layers(stacks)}
+
+
+def _layer_slots(parent: ModelConfig, layers: Sequence[LayerCut]) -> slots.LayerSlots:
+    """Every slot filled, for layers of equal sizes."""
+    heads = [query_heads(parent, layer) for layer in layers]
+    columns = [[x.layer for x in layers], [x.groups for x in layers], heads]
+    columns += [[x.features for x in layers], [x.units for x in layers]]
+    return slots.LayerSlots(*(np.array(column, np.int32) for column in columns))
+
+
+def query_heads(parent: ModelConfig, layer: LayerCut) -> list[int]:
+    """The query heads that a layer keeps, counted in the whole layer, group by group."""
+    each = parent.num_heads // parent.num_kv_heads
+    return [group * each + head for group, heads in zip(layer.groups, layer.heads, strict=True) for head in heads]
+
+
+def whole(parent: ModelConfig) -> Cut:
+    """The cut that keeps everything."""
+    return first_entries(parent, parent, tuple(range(parent.num_layers)))
+
+
+def first_entries(
+    parent: ModelConfig, child: ModelConfig, layers: Sequence[int] | None = None, field: str = "model"
+) -> Cut:
+    """The cut that makes `child` from the first entries of every dimension.
+
+    layers: the parent's, one for each of the child's; None is the first ones.
+
+    Raises a UserError where the child is larger than the parent in anything.
+    """
+    layers = range(child.num_layers) if layers is None else layers
+    ratio = parent.num_heads // parent.num_kv_heads
+    limits = {"num_layers": parent.num_layers, "d_model": parent.d_model}
+    limits |= {"num_kv_heads": parent.num_kv_heads, "head_dim": parent.head_dim, "mlp_dim": parent.mlp_dim}
+    for name, limit in limits.items():
+        if getattr(child, name) > limit:
+            raise UserError(
+                f"{field}.{name}={getattr(child, name)}, but the parent has {limit}: a cut is no larger than its "
+                "parent in anything."
+            )
+    made = []
+    for layer, (heads, groups, features, units) in zip(layers, child.sizes, strict=True):
+        if heads // groups > ratio:
+            raise UserError(
+                f"{field}.num_heads={heads} with {field}.num_kv_heads={groups} is {heads // groups} query heads for "
+                f"each key/value head, but the parent has {ratio}: keep at most as many."
+            )
+        each = (tuple(range(heads // groups)),) * groups
+        made.append(LayerCut(layer, tuple(range(groups)), each, tuple(range(features)), tuple(range(units))))
+    cut = Cut(tuple(range(child.d_model)), tuple(made))
+    check(parent, cut)
+    return cut
+
+
+def check(parent: ModelConfig, cut: Cut) -> None:
+    """Raises a UserError where a cut names what the parent has not, twice or out of order, or nothing at all."""
+    if parent.layer_sizes:
+        raise UserError(
+            f"the parent's layers are of unequal sizes (layer_sizes={parent.layer_sizes!r}): cut the model that it was "
+            "cut from."
+        )
+    ratio = parent.num_heads // parent.num_kv_heads
+    _check_entries("width", cut.width, parent.d_model)
+    _check_entries("layers", [layer.layer for layer in cut.layers], parent.num_layers)
+    for layer in cut.layers:
+        where = f"layer {layer.layer}: "
+        _check_entries(f"{where}groups", layer.groups, parent.num_kv_heads)
+        _check_entries(f"{where}features", layer.features, parent.head_dim)
+        _check_entries(f"{where}units", layer.units, parent.mlp_dim)
+        for heads in layer.heads:
+            _check_entries(f"{where}heads", heads, ratio)
+        counts = [len(heads) for heads in layer.heads]
+        if len(counts) != len(layer.groups) or len(set(counts)) > 1:
+            raise UserError(
+                f"a cut's {where}heads keeps {counts} query heads of {len(layer.groups)} key/value heads: keep equally "
+                "many of each, so that the heads can be divided into groups."
+            )
+
+
+def _check_entries(name: str, entries: Sequence[int], size: int) -> None:
+    if not entries or list(entries) != sorted(set(entries)) or entries[0] < 0 or entries[-1] >= size:
+        raise UserError(
+            f"a cut's {name}={entries!r} must be some of the parent's 0 to {size - 1}, each once, in ascending order."
+        )
