@@ -48,9 +48,9 @@ def export(
 ) -> list[str]:
     """Writes config.json, safetensors, tokenizer, generation_config.json and a model card into an empty directory.
 
-    Padded rows of the vocabulary are left out; layers of unequal sizes are filled up with zeros to equal ones, and so are
-    heads that do not make up the width where they must. Returns a line that says what was written. Raises a UserError where no
-    architecture of transformers computes what the model does.
+    Padded rows of the vocabulary are left out; layers of unequal sizes are filled up with zeros to equal ones, and so
+    are heads that do not make up the width where they must. Returns a line that says what was written. Raises a
+    UserError where no architecture of transformers computes what the model does.
     """
     model = ModelConfig(**manifest["model"])
     family = family_of(model)
