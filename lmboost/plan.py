@@ -211,7 +211,7 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
 
 
 def _check_init(config: ConfigDict) -> None:
-    one_of("init.kind", config.init.kind, inherit.KINDS)
+    one_of("init.kind", config.init.kind, (*inherit.KINDS, "subnet"))
     for field, default in (("kind", "copy"), ("layers", ""), ("fresh", "")):
         if (value := config.init[field]) != default and not config.init["from"]:
             raise UserError(f"init.{field}={value!r}, but init.from is empty: give the model that it is about.")

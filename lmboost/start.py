@@ -1,4 +1,4 @@
-"""Where the student starts, if not at random: another model's parameters, or layers of it."""
+"""Where the student starts, if not at random: another model's parameters, layers of it, or a part that is cut out."""
 
 import dataclasses
 from typing import Any
@@ -11,7 +11,7 @@ from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.transformer import ModelConfig
 from lmboost.plan import Plan
-from lmboost.surgery import inherit
+from lmboost.surgery import inherit, subnet
 
 # Fields of a model in which the student may differ from its parent without a word.
 _NEUTRAL = {"init_std", "vocab_multiple", "dtype", "attention", "remat"}
@@ -42,7 +42,7 @@ def from_init(run: Plan, random: Any, mesh: Mesh) -> tuple[Any, list[str]]:
         )
     if c.kind == "copy" and not c.layers and not c.fresh:
         return checkpoint.load_params(directory, random, mesh), remarks(run.student, parent)
-    taken = inherit.plan(c.kind, c.layers, c.fresh, parent, run.student)
+    taken = (subnet if c.kind == "subnet" else inherit).plan(c.kind, c.layers, c.fresh, parent, run.student)
     parent = dataclasses.replace(parent, vocab_multiple=run.student.vocab_multiple)
     like = jax.eval_shape(lambda: transformer.init(parent, jax.random.key(0)))
     params = checkpoint.load_params(directory, like, mesh)

@@ -1,19 +1,23 @@
 """Every recipe and variant builds, and its full-size model traces."""
 
+import dataclasses
 import functools
 import pathlib
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lmboost import config
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.transformer import ModelConfig
+from lmboost.surgery.space import Orders, Space
 
-ALONE = ("plain", "teacher", "reference", "scratch", "double", "shallow", "half_width")
+# Trained without help, and "nokd", whose only help is the start that the search gives it.
+ALONE = ("plain", "teacher", "reference", "scratch", "double", "shallow", "half_width", "parent", "nokd")
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
@@ -29,6 +33,13 @@ def variants_of(path):
 
 CASES = [(path, variant) for path in RECIPES for variant in variants_of(path)]
 IDS = [f"{path.stem}:{variant}" for path, variant in CASES]
+SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
+SUBNETS = [
+    (path, sizes)
+    for path in RECIPES
+    if path.stem.startswith("subnet_")
+    for sizes in ("", "tiny", {"subnet_smollm2": "135m", "subnet_qwen2p5": "1.5b"}.get(path.stem, "12b"))
+] + [(path, sizes) for path in RECIPES if path.stem == "subnet_qwen2p5" for sizes in ("7b", "7b,1.5b", "7b,tiny")]
 
 
 def model_of(c):
@@ -80,10 +91,16 @@ def test_recipe_only_leaves_open_what_the_command_line_gives(path, variant):
 def test_docstring_shows_commands_that_parse(path, monkeypatch, tmp_path):
     monkeypatch.chdir(path.parents[1])
     text = module(path).__doc__.replace("\\\n", " ")
-    commands = re.findall(r"python -m lmboost\.train (.*)", text)
-    assert commands and all(f"configs/{path.name}" in command for command in commands)
-    for command in commands:
-        c, workdir = config.load(command.split())
+    commands = re.findall(r"python -m lmboost\.(?:train|search) (.*)", text)
+    assert commands
+    searched, workdir = [], ""
+    for flags in map(str.split, commands):
+        if flags[0].endswith("/winner.py"):  # what the search before it wrote: its recipe, with another start
+            assert flags[0] == f"--config={workdir}/winner.py"
+            flags = [*searched, *flags[1:]]
+        assert f"configs/{path.name}" in flags[0]
+        searched = [flag for flag in flags if not flag.startswith("--workdir")]
+        c, workdir = config.load(flags)
         assert c.data.train and workdir
     assert c.teacher["from"] or c.init["from"], "the last command is the helped run"
     assert all(re.search(rf"\b{v}\b", text) for v in module(path).VARIANTS), "every variant is described"
@@ -99,3 +116,19 @@ def test_unknown_variant_names_the_known(path):
         module(path).get_config(wrong)
     with pytest.raises(UserError, match=rf"names several arms \({', '.join(sorted((first, second)))}\)"):
         module(path).get_config(f"{second},{first}")
+
+
+@pytest.mark.parametrize(("path", "sizes"), SUBNETS, ids=[f"{path.stem}:{sizes}" for path, sizes in SUBNETS])
+def test_a_search_finds_cuts_of_the_plain_models_size(path, sizes):
+    plain, cut = (module(path).get_config(f"{arm},{sizes}") for arm in ("scratch", "cut"))
+    assert plain.search == cut.search == module(path).get_config(sizes).search
+    parent, rng = module(path).parent(sizes), np.random.default_rng(0)
+    space = Space.from_config(cut.search, parent, Orders.natural(parent))
+    for found in (space.sample(rng), space.sample(rng)):
+        assert space.contains(found) and space.low <= space.config(found).num_params() <= space.high
+    for model in map(model_of, (plain, cut)):
+        assert space.low <= model.num_params() <= space.high
+    own = {"layers": model.num_layers, "group_heads": model.num_heads // model.num_kv_heads}
+    own |= {name: getattr(model, name) for name in ("d_model", "num_kv_heads", "head_dim", "mlp_dim")}
+    assert all(size in getattr(space, name) for name, size in own.items()), "what is not searched could be found"
+    assert dataclasses.replace(parent, **{name: getattr(model, name) for name in SIZES}) == model, "of the parent"

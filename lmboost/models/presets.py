@@ -34,6 +34,16 @@ def _llama(layers: int, width: int, heads: int, mlp: int, vocab: int, kv_heads: 
     )  # fmt: skip
 
 
+def _qwen2p5(
+    layers: int, width: int, heads: int, kv_heads: int, mlp: int, vocab: int = 151936, **changes
+) -> ModelConfig:
+    """As Llama, with biases on queries, keys and values. The released vocabularies are padded, that of 7B further."""
+    return _llama(
+        layers, width, heads, mlp, vocab, kv_heads, norm_eps=1e-6, rope_theta=1000000.0, qkv_bias=True,
+        **{"max_seq_len": 32768, "tie_embeddings": True, **changes},
+    )  # fmt: skip
+
+
 PRESETS: dict[str, ModelConfig] = {
     "gpt2": _gpt2(12, 768, 12),
     "gpt2-medium": _gpt2(24, 1024, 16),
@@ -57,6 +67,10 @@ PRESETS: dict[str, ModelConfig] = {
         16, 2048, 32, 8192, 128256, 8, max_seq_len=131072, rope_theta=500000.0, tie_embeddings=True,
         rope_scaling_factor=32.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_seq_len=8192,
     ),
+    "qwen2.5-0.5b": _qwen2p5(24, 896, 14, 2, 4864),
+    "qwen2.5-1.5b": _qwen2p5(28, 1536, 12, 2, 8960, max_seq_len=131072),
+    "qwen2.5-3b": _qwen2p5(36, 2048, 16, 2, 11008),
+    "qwen2.5-7b": _qwen2p5(28, 3584, 28, 4, 18944, vocab=152064, max_seq_len=131072, tie_embeddings=False),
     "openllama-3b": _llama(26, 3200, 32, 8640, 32000, norm_eps=1e-6),
     "opt-125m": ModelConfig(
         vocab_size=50272, num_layers=12, d_model=768, num_heads=12, num_kv_heads=12, head_dim=64, mlp_dim=3072,

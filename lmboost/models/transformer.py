@@ -84,6 +84,7 @@ class Attention(nn.Module):
         else:
             cache = cache.write(layer, k_BxTxKxN, v_BxTxKxN)
             y_BxTxHxN = attention.attend_cached(q_BxTxHxN, cache, layer, c.num_kv_heads, segment_ids, c.sliding_window)
+        self.sow("intermediates", "inputs_and_heads", (x_BxTxD, y_BxTxHxN))  # for surgery/importance.py
         o = nn.DenseGeneral(
             c.d_model,
             axis=(-2, -1),
@@ -121,6 +122,7 @@ class Mlp(nn.Module):
         else:
             h_BxTxF = nn.gelu(h_BxTxF, approximate=c.mlp == "gelu_tanh")
         h_BxTxF = sharding.constrain(h_BxTxF, ("batch", "length", "mlp"))
+        self.sow("intermediates", "inputs_and_units", (x_BxTxD, h_BxTxF))  # for surgery/importance.py
         return dense("down", c.d_model, residual=True)(h_BxTxF)
 
 

@@ -69,7 +69,7 @@ def plan(
     parts = frozenset(one_of(f"{field}.fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
     if kind == "copy":
         raise UserError(f"{field}.layers and {field}.fresh need {field}.kind='inherit' or 'stack', not 'copy'.")
-    _check_models(parent, child, field)
+    check_models(parent, child, field)
     if not layers:
         layers = f"0-{(min(child.num_layers, parent.num_layers) if kind == 'inherit' else parent.num_layers) - 1}"
     chosen = parse_layers(layers, parent.num_layers, f"{field}.layers")
@@ -115,10 +115,11 @@ def ranges(layers: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _check_models(parent: ModelConfig, child: ModelConfig, field: str) -> None:
+def check_models(parent: ModelConfig, child: ModelConfig, field: str, sizes: Sequence[str] = ()) -> None:
+    """Raises a UserError where two models differ in more than depth, `sizes`, and what changes no layer."""
     a, b = dataclasses.asdict(parent), dataclasses.asdict(child)
     # Rotary positions have no table: a model may be trained at other lengths than its parent.
-    free = (*FREE, "max_seq_len") if parent.position == "rope" else FREE
+    free = (*FREE, *sizes, *(["max_seq_len"] if parent.position == "rope" else []))
     if wrong := [
         f"{name} is {b[name]!r}, the parent's {a[name]!r}" for name in a if name not in free and a[name] != b[name]
     ]:

@@ -15,7 +15,9 @@ import numpy as np
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes
-from lmboost.surgery import slots
+from lmboost.surgery import inherit, slots
+
+SIZES = ("d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "layer_sizes")  # of a model, besides its depth
 
 
 class LayerCut(NamedTuple):
@@ -77,6 +79,54 @@ def _layer_slots(parent: ModelConfig, layers: Sequence[LayerCut]) -> slots.Layer
     columns = [[x.layer for x in layers], [x.groups for x in layers], heads]
     columns += [[x.features for x in layers], [x.units for x in layers]]
     return slots.LayerSlots(*(np.array(column, np.int32) for column in columns))
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstEntries:
+    """What a model takes from a larger one: its layers, and in them the first entries of everything."""
+
+    parent: ModelConfig
+    cut: Cut
+
+    def __call__(self, params: Mapping[str, Any], random: Mapping[str, Any]) -> dict[str, Any]:
+        """The child's parameters; nothing in them is `random`."""
+        return extract(self.parent, params, self.cut)
+
+    def report(self, params: Mapping[str, Any]) -> list[str]:
+        """What was kept, a line each."""
+        kept = inherit.ranges([layer.layer for layer in self.cut.layers])
+        lines = [f"layers: of the parent's {kept}", f"width: the first {len(self.cut.width)} of {self.parent.d_model}"]
+        each = {"key/value heads": "groups", "features of a head": "features", "units of the MLP": "units"}
+        wholes = (self.parent.num_kv_heads, self.parent.head_dim, self.parent.mlp_dim)
+        for (name, field), whole_size in zip(each.items(), wholes, strict=True):
+            counts = {len(getattr(layer, field)) for layer in self.cut.layers}
+            span = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
+            lines.append(f"{name}: the first {span} of {whole_size}")
+        return lines
+
+
+def plan(
+    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init"
+) -> FirstEntries:
+    """The cut that `init.kind="subnet"` asks for; the child's config says how much of everything is kept.
+
+    Args:
+      layers: the parent's layers, as "0-5,8"; empty is the first ones.
+
+    Raises a UserError where the child is larger than the parent, or differs in more than sizes.
+    """
+    if fresh:
+        raise UserError(
+            f"{field}.fresh={fresh!r}: with {field}.kind={kind!r} all comes from the parent; leave it empty."
+        )
+    inherit.check_models(parent, child, field, SIZES)
+    chosen = inherit.parse_layers(layers, parent.num_layers, f"{field}.layers") if layers else None
+    if chosen and len(chosen) != child.num_layers:
+        raise UserError(
+            f"{field}.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers}: set it to "
+            "the number of layers that are taken."
+        )
+    return FirstEntries(parent, first_entries(parent, child, chosen))
 
 
 def query_heads(parent: ModelConfig, layer: LayerCut) -> list[int]:
