@@ -20,6 +20,7 @@ import jax
 
 from lmboost import config
 from lmboost.hf import config_json
+from lmboost.surgery.inherit import ranges
 
 STEPS = 48
 
@@ -33,10 +34,15 @@ def get_config(variant="half"):
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 3e-4, 10
     c.eval.every, c.eval.batches, c.checkpoint.every, c.log.every = 8, 16, STEPS, 1
     s = c.search
-    s.params, s.scope, s.sort = "57M-63M", "layerwise", "activation"
-    s.layers, s.d_model, s.mlp_dim = "10-22:2", "384-576:64", "512-1536:256"
-    s.num_kv_heads, s.group_heads, s.head_dim = "2-3", "2-3", "64"
-    s.candidates, s.population, s.elites, s.rows, s.batch = 96, 16, 6, 16, 1
+    if variant == "half":  # all of 15 layers: the search is for which
+        s.params, s.layers = "80M-83M", "15"
+        s.candidates = 48
+    else:
+        s.params, s.sort = "57M-63M", "activation"
+        s.layers, s.d_model, s.mlp_dim = "8-16", "448-576:64", "384-1536:192"
+        s.num_kv_heads, s.group_heads, s.head_dim = "1-3", "3", "64"
+        s.candidates = 96
+    s.population, s.elites, s.rows, s.batch = 16, 5, 8, 1
     return c
 
 
@@ -58,8 +64,26 @@ def train(out: str, name: str, recipe: str, *flags: str) -> list[tuple[int, floa
     return curve(f"{out}/{name}")
 
 
+def search(out: str, hub: pathlib.Path, variant: str) -> dict:
+    """The best candidate of a search, as its log has it."""
+    flags = [f"--config.init.from=hf:{hub}", f"--config.data.train={out}/small-data"]
+    verb("search", f"--config=benchmarks/smollm2_small.py:{variant}", f"--workdir={out}/search-{variant}", *flags)
+    with open(f"{out}/search-{variant}/candidates.jsonl") as file:
+        return min(map(json.loads, file), key=lambda line: line["loss"])
+
+
+def first_layers(out: str, hub: pathlib.Path) -> float:
+    """The loss of the parent's first 15 layers before any training, on as many tokens as candidates are compared on."""
+    made, result = f"{out}/first-15", f"{out}/first-15.json"
+    if not os.path.exists(made):
+        verb("surgery", "inherit", f"--parent=hf:{hub}", "--layers=0-14", f"--out={made}")
+    verb("evaluate", f"--checkpoint={made}", f"--data={out}/small-data", "--batches=1", "--batch_size=8",
+         "--seq_len=128", f"--out={result}")  # fmt: skip
+    return json.loads(pathlib.Path(result).read_text())["val_loss"]
+
+
 def table(arms: dict[str, list[tuple[int, float]]]) -> list[str]:
-    steps = [step for step, _ in arms["inherited"]]
+    steps = [step for step, _ in arms["half, random"]]
     lines = [f"| tokens | {' | '.join(f'{step * 512:,}' for step in steps)} |", "|---" * (len(steps) + 1) + "|"]
     return lines + [f"| {name} | {' | '.join(f'{loss:.3f}' for _, loss in arm)} |" for name, arm in arms.items()]
 
@@ -77,21 +101,17 @@ def main() -> None:
         smollm2.write_hub_directory(hub)
     os.environ["LMBOOST_SMOLLM2"] = str(hub.absolute())
     verb("prepare", "--source=stdlib", f"--tokenizer={hub}", "--validation_fraction=0.05", f"--out={out}/small-data")
-    start = f"--config.init.from=hf:{hub}"
-    arms = {
-        "half, random": train(out, "half-random", f"{this}:half"),
-        "inherited": train(out, "half-inherited", f"{this}:half", start, "--config.init.kind=inherit"),
-    }
-    verb("search", f"--config={this}:cut", start, f"--config.data.train={out}/small-data", f"--workdir={out}/search")
-    winner = f"{out}/search/winner.py"
+    arms = {"half, random": train(out, "half-random", f"{this}:half")}
+    half, cut = search(out, hub, "half"), search(out, hub, "cut")
+    layers = ranges([layer["layer"] for layer in half["cut"]["layers"]])
+    start = (f"--config.init.from=hf:{hub}", "--config.init.kind=inherit", f"--config.init.layers={layers}")
+    arms["half, inherited"] = train(out, "half-inherited", f"{this}:half", *start)
+    winner = f"{out}/search-cut/winner.py"
     arms["cut, random"] = train(out, "cut-random", winner, "--config.init.from=")
     arms["cut, searched"] = train(out, "cut-searched", winner)
-    with open(f"{out}/search/candidates.jsonl") as file:
-        candidates = [json.loads(line) for line in file]
-    best = min(candidates, key=lambda line: line["loss"])
     text = RESULT.format(
-        jax=jax.__version__, device=jax.devices()[0].device_kind, table="\n".join(table(arms)), best=best["loss"],
-        params=best["params"] / 1e6, count=len(candidates), first=min(line["loss"] for line in candidates[:16]),
+        jax=jax.__version__, device=jax.devices()[0].device_kind, table="\n".join(table(arms)), layers=layers,
+        half=half["loss"], first=first_layers(out, hub), cut=cut["loss"], params=cut["params"] / 1e6,
     )  # fmt: skip
     pathlib.Path(flags.result).write_text(text)
     print(text)
@@ -102,9 +122,10 @@ RESULT = """\
 
 `python benchmarks/smollm2_small.py` wrote this: jax {jax}, {device}. One seed; the parent's weights are 4-bit ones,
 dequantised. Validation loss in nats per token, after so many tokens of the Python standard library; the first column is
-the loss on the first batch of training, before any update. "half" is 15 of 30 layers (81M parameters), "cut" the best
-of {count} searched cuts between 57 and 63M ({params:.1f}M; untrained {best:.3f} on the rows that candidates are
-compared on, where the best of the first 16, which are random, has {first:.3f}).
+the loss on the first batch of training, before any update. "half" is 15 of 30 layers (81M parameters): of 48 choices,
+layers {layers} have the least loss before any training, {half:.2f}; the first 15, as Inheritune takes them, have
+{first:.2f}, more than a random start, since the layers after them are missing. "cut" is the best of 96 cuts between 57
+and 63M ({params:.1f}M; {cut:.2f} before any training).
 
 {table}
 """

@@ -101,7 +101,7 @@ def base() -> ConfigDict:
     search.candidates = 512  # that are evaluated, in all
     search.population = 32  # candidates of a generation
     search.elites = 8  # best candidates so far, from which the next generation comes
-    search.mutation = 0.15  # probability that a part of a candidate is drawn anew
+    search.mutation = 0.15  # probability that a part of a candidate is changed
     search.crossover = 0.5  # share of a generation that has two parents
     search.fresh = 0.1  # share of a generation that is drawn at random
     search.batch = 8  # candidates that are computed at once, on all devices

@@ -12,7 +12,7 @@ import numpy as np
 
 from lmboost.errors import UserError
 
-WORK = 1 << 36  # bit operations on one set of sums: seconds, and less than a GB
+WORK = 1 << 36  # bit operations on the sums of one width: some seconds, on at most 256 MB
 
 
 class Width(NamedTuple):

@@ -9,7 +9,6 @@ again, all numbers of parameters that there are get looked through: either one i
 import dataclasses
 import functools
 import itertools
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -62,11 +61,7 @@ class Orders(NamedTuple):
 class Draft:
     """A cut in the making: its sizes, and entries to start from, which a fine space grows or shrinks to these sizes.
 
-    Attributes:
-      d_model, width: the size, and entries to start from.
-      layers: the parent's, ascending.
-      rows, parts: of each layer, sizes in the order of ROW, and entries to start from. In a uniform space layer 0's are
-        those of all, wherever it is itself kept or not.
+    Rows (sizes in the order of ROW) and parts (entries) are by layer; in a uniform space those at 0 are for all.
     """
 
     d_model: int
@@ -143,7 +138,7 @@ class Space:
         return self.low <= self.num_params(cut) <= self.high and cut == self._fill(np.random.default_rng(0), draft)
 
     def _entries(self, cut: Cut) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-        """All entries that a cut names, each with the order of what there is; to be checked one after the other."""
+        """All entries that a cut names, each with the order of what there is; those before must be of their order."""
         orders = self.orders
         yield cut.width, orders.width
         yield [part.layer for part in cut.layers], orders.layers
@@ -170,7 +165,7 @@ class Space:
         """Every (depth, width) at which the smallest layers are not above the bin, and the largest not below it."""
         shapes = []
         for d, (model, base) in self._models.items():
-            least, most = (model.layer_params(_layer_sizes([c[i] for c in self._choices])) for i in (0, -1))
+            least, most = (model.layer_params(_layer_sizes([own[i] for own in self._choices])) for i in (0, -1))
             shapes += [(l, d) for l in self.layers if base + l * least <= self.high and base + l * most >= self.low]
         return dict.fromkeys(shapes)
 
@@ -178,7 +173,9 @@ class Space:
 
     def sample(self, rng: np.random.Generator) -> Cut:
         """A cut drawn at random. A UserError where the bin is empty, as from `mutate` and `crossover`."""
-        return self._settle(rng, lambda: self._random(rng)) or self._fill(rng, self._look_through(rng))
+        shapes = list(self._shapes)
+        cut = self._settle(rng, lambda: self._random(rng, *shapes[rng.integers(len(shapes))]))
+        return cut or self._fill(rng, self._look_through(rng))
 
     def mutate(self, rng: np.random.Generator, cut: Cut, rate: float) -> Cut:
         """A cut of which each part is changed with probability `rate`, and one at least.
@@ -213,9 +210,8 @@ class Space:
                 found = [parent for parent in parents if slot in parent.rows]
                 heads, features, units = (found[i] for i in rng.integers(len(found), size=3))
                 child.rows[slot] = heads.rows[slot][:2] + features.rows[slot][2:3] + units.rows[slot][3:]
-                child.parts[slot] = heads.parts[slot]._replace(
-                    features=features.parts[slot].features, units=units.parts[slot].units
-                )
+                own = {"features": features.parts[slot].features, "units": units.parts[slot].units}
+                child.parts[slot] = heads.parts[slot]._replace(**own)
             return child
 
         return self._settle(rng, draw) or self.sample(rng)
@@ -237,9 +233,7 @@ class Space:
         parts = dict(zip(self._slots(layers), cut.layers, strict=False))
         return Draft(len(cut.width), cut.width, layers, {slot: _row(part) for slot, part in parts.items()}, parts)
 
-    def _random(self, rng) -> Draft:
-        shapes = list(self._shapes)
-        depth, d_model = shapes[rng.integers(len(shapes))]
+    def _random(self, rng, depth: int, d_model: int) -> Draft:
         draft = Draft(d_model, (), (), {}, {})
         self._set_layers(rng, draft, depth, ())
         return draft
@@ -260,7 +254,7 @@ class Space:
         """Which parts of a cut can be changed: in their size, or in what they keep."""
         parent, fine = self.parent, self.granularity == "fine"
         whole = (parent.num_kv_heads, parent.num_heads // parent.num_kv_heads, parent.head_dim, parent.mlp_dim)
-        sizes = [len(c) > 1 or (fine and c[0] < all_) for c, all_ in zip(self._choices, whole, strict=True)]
+        sizes = [len(c) > 1 or (fine and c[0] < most) for c, most in zip(self._choices, whole, strict=True)]
         return {name: any(sizes[i] for i in own) for name, own in PARTS.items()} | {
             "width": len(self.d_model) > 1 or (fine and self.d_model[0] < parent.d_model),
             "layers": len(self.layers) > 1 or (self.layer_choice == "any" and self.layers[0] < parent.num_layers),
@@ -302,7 +296,7 @@ class Space:
                 return True
             at, i = int(rng.random() * len(rows)), int(rng.random() * len(ROW))
             row, choices, sign = list(rows[at]), self._choices[i], 1 if total < self.low else -1
-            here = bisect_left(choices, row[i])
+            here = choices.index(row[i])
             left, passes = (len(choices) - 1 - here if sign > 0 else here), True
             while passes and left:  # a random step, and as long as it would pass the bin a shorter one
                 step = 1 + int(rng.random() * left)
@@ -329,8 +323,7 @@ class Space:
                 yield reach.Width(d, base, self.layers, sorted(attention), sorted(mlp))
 
         d, depth, attention, mlp = reach.find(rng, widths(), self.scope == "uniform", self.low, self.high)
-        draft = Draft(d, (), (), {}, {})
-        self._set_layers(rng, draft, depth, ())
+        draft = self._random(rng, depth, d)
         for slot, of_attention, of_mlp in zip(self._slots(draft.layers), attention, mlp, strict=True):
             fitting = rows[d][of_attention]
             draft.rows[slot] = [*fitting[rng.integers(len(fitting))], units[d][of_mlp]]
@@ -377,15 +370,17 @@ def _is_subset(entries: Sequence[int], order: Sequence[int]) -> bool:
 
 
 def _other(rng, choices: Sequence[int], size: int, may_stay: bool) -> int:
-    """Another of the choices if there is one; if the size may stay, it does as often as not."""
-    others = [choice for choice in choices if choice != size]
-    return others[rng.integers(len(others))] if others and not (may_stay and rng.random() < 0.5) else size
+    """Another of the choices if there is one, near ones more likely; if the size may stay, it does as often as not."""
+    if len(choices) == 1 or (may_stay and rng.random() < 0.5):
+        return size
+    distance = np.abs(np.arange(len(choices)) - choices.index(size))
+    weights = np.cumsum(np.where(distance, 1 / np.maximum(distance, 1), 0))
+    return choices[np.searchsorted(weights, rng.random() * weights[-1], "right")]
 
 
 def _drop(rng, kept: Sequence[int]) -> Sequence[int]:
-    """Entries (ascending) without some of them, one to all, more often few."""
-    dropped = 1 + int(rng.random() ** 2 * len(kept))
-    return _resize(rng, kept[-1] + 1, len(kept) - dropped, kept)
+    """Entries (ascending) without some of them: most often few, at times all."""
+    return _resize(rng, kept[-1] + 1, len(kept) - 1 - int(rng.random() ** 4 * len(kept)), kept)
 
 
 def _resize(rng, total: int, size: int, kept: Sequence[int]) -> tuple[int, ...]:
