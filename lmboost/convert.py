@@ -9,10 +9,6 @@ teacher, a start or evaluated: "hf:DIR" can stand wherever a checkpoint can.
 """
 
 import argparse
-import os
-import pathlib
-import shutil
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,11 +16,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lmboost import checkpoint, hf, plan, sharding
-from lmboost.data import records
-from lmboost.data import tokenizer as tokenizers
+from lmboost import checkpoint, hf, sharding, standalone
 from lmboost.errors import UserError, exit_on_user_error, one_of
-from lmboost.hf import tokenizer_files, writer
+from lmboost.hf import writer
 from lmboost.models import transformer
 from lmboost.models.model_config import DTYPES, ModelConfig
 
@@ -56,62 +50,23 @@ def convert(
         raise UserError(f"--source={source!r} and --out={out!r} are both checkpoints: give one of them as hf:DIR.")
     if max_shard_size <= 0:
         raise UserError(f"--max_shard_size={max_shard_size} must be above 0; it is in GB.")
-    target = _target(out)
+    target = standalone.find_target(out)
     directory = checkpoint.find(source, step, "--source")
     manifest = checkpoint.read_manifest(directory)
     model, export = ModelConfig(**manifest["model"]), out.startswith(hf.PREFIX)
     if export:
         writer.family_of(model)  # a misfit is an error before anything is read
-    coder = _tokenizer(directory, manifest, tokenizer, model, needed=export)
+    coder = standalone.find_tokenizer(directory, manifest, tokenizer, model, needed=export)
     mesh = sharding.make_mesh(1, -1, 1)  # each device holds a part
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with jax.set_mesh(mesh):
-            params, lines = _load(directory, model, mesh, dtype)
-            if export:
-                partial.mkdir(parents=True)
-                lines += writer.export(partial, params, manifest, coder, dtype, int(max_shard_size * 1e9))
-            else:
-                about = {"versions": plan.versions(plan.PACKAGES), "command": sys.argv}
-                checkpoint.save_params(partial, params, manifest | about)
-                if coder:
-                    tokenizer_files.copy(coder, partial / "tokenizer")
-        os.replace(partial, target)
-    except (OSError, RuntimeError, ValueError) as error:
-        if mended := records.disk_error(error, partial):
-            raise mended from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with standalone.whole(target) as partial, jax.set_mesh(mesh):
+        params, lines = _load(directory, model, mesh, dtype)
+        if export:
+            partial.mkdir(parents=True)
+            lines += writer.export(partial, params, manifest, coder, dtype, int(max_shard_size * 1e9))
+        else:
+            standalone.write_checkpoint(partial, params, manifest, coder)
     for line in [*lines, f"{source} -> {out}"]:
         report(line)
-
-
-def _target(out: str) -> pathlib.Path:
-    """The directory to be made; it may exist if it is empty."""
-    if "://" in out:
-        raise UserError(f"--out={out!r}: expected a local directory.")
-    target = pathlib.Path(out.removeprefix(hf.PREFIX)).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out={out!r} exists and is not empty: choose another directory, or remove it.")
-    return target
-
-
-def _tokenizer(
-    directory: epath.Path, manifest: dict[str, Any], given: str, model: ModelConfig, needed: bool
-) -> tokenizers.Tokenizer | None:
-    """The model's tokenizer, which the manifest then names. A checkpoint can do without; a Hub directory can't."""
-    if not needed and not given and manifest["data"]["tokenizer"] is None:
-        return None
-    coder = tokenizers.find_for(directory, manifest, given)
-    if coder.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer in {coder.path} has {coder.vocab_size} pieces, more than the model's "
-            f"vocab_size={model.vocab_size}: give the one that it was trained with as --tokenizer."
-        )
-    manifest["data"] |= {"tokenizer": coder.fingerprint}
-    return coder
 
 
 def _load(directory: epath.Path, model: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> tuple[Any, list[str]]:

@@ -87,7 +87,8 @@ def evaluate(
     seq_len = seq_len or config.get("seq_len") or next(fits)
     if model.position == "learned" and seq_len > model.max_seq_len:
         raise UserError(f"--seq_len={seq_len}: the model has {model.max_seq_len} learned positions.")
-    kernel = attention.resolve("auto", jax.default_backend(), seq_len, model.head_dim, model.dtype)
+    heads = {sizes.head_dim for sizes in model.sizes}
+    kernel = attention.resolve("auto", jax.default_backend(), seq_len, heads, model.dtype)
     model = dataclasses.replace(model, attention=kernel, remat="none")
     mesh = sharding.make_mesh(-1, fsdp, tensor)
     rows = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)

@@ -188,7 +188,8 @@ def _model(config: ConfigDict, model: ModelConfig, field: str, platform: str) ->
             f"seq_len={config.seq_len} is longer than the {model.max_seq_len} learned positions of {field}: "
             "shorten the rows, or use a model with more positions."
         )
-    kernel = attention.resolve(model.attention, platform, config.seq_len, model.head_dim, model.dtype, field)
+    heads = {sizes.head_dim for sizes in model.sizes}
+    kernel = attention.resolve(model.attention, platform, config.seq_len, heads, model.dtype, field)
     return dataclasses.replace(model, attention=kernel)
 
 

@@ -133,7 +133,7 @@ def test_cudnn_equals_the_dense_oracle():
     ],
 )
 def test_resolve(implementation, platform, seq_len, head_dim, dtype, expected):
-    assert resolve(implementation, platform, seq_len, head_dim, dtype) == expected
+    assert resolve(implementation, platform, seq_len, [head_dim], dtype) == expected
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_resolve(implementation, platform, seq_len, head_dim, dtype, expected):
 )
 def test_resolve_says_what_a_kernel_needs(implementation, platform, seq_len, dtype, needs):
     with pytest.raises(UserError, match=rf"teacher.attention='{implementation}' needs .*{needs}.*Use 'auto'"):
-        resolve(implementation, platform, seq_len, 64, dtype, field="teacher")
+        resolve(implementation, platform, seq_len, [64], dtype, field="teacher")

@@ -104,6 +104,7 @@ LLAMA = Family(
     write=lambda m: _write_llama(m, attention_bias=m.qkv_bias),
     switches=_LLAMA_SWITCHES | {"mlp_bias": (False, True)},
     equal=(("qkv_bias", "attn_out_bias"),),
+    heads="divide",  # since transformers 5
     prefix="model.",
     tensors=_llama_tensors(),
 )
@@ -205,7 +206,7 @@ GPT2 = Family(
     switches=_PLAIN | _LAYERNORM | dict.fromkeys(_BIASES, (True,))
     | {"position": ("learned",), "position_offset": (0,), "scale_attn_by_layer": (False, True)},
     equal=(_GROUPS,),
-    full_width=True,
+    heads="full",
     prefix="transformer.",
     tensors=(
         ("transformer.wte.weight", "v,d->vd", ("embed/embedding",)),
@@ -256,7 +257,7 @@ OPT = Family(
     switches=_PLAIN | _LAYERNORM
     | {"position": ("learned",), "position_offset": (2,), "norm_eps": (1e-5,), "final_norm": (True, False)},
     equal=(_GROUPS, ("qkv_bias", "attn_out_bias"), ("qkv_bias", "mlp_bias")),
-    full_width=True,
+    heads="full",
     prefix="model.",
     tensors=(
         ("model.decoder.embed_tokens.weight", "v,d->vd", ("embed/embedding",)),
@@ -316,7 +317,7 @@ NEOX = Family(
     write=_write_neox,
     switches=_PLAIN | _LAYERNORM | {"position": ("rope",), "parallel_residual": (False, True), "mlp_bias": (True,)},
     equal=(_GROUPS, ("qkv_bias", "attn_out_bias")),
-    full_width=True,
+    heads="full",
     prefix="gpt_neox.",
     tensors=(
         ("gpt_neox.embed_in.weight", "v,d->vd", ("embed/embedding",)),

@@ -42,7 +42,7 @@ class Family:
       read, write: the other fields from config.json, and the other keys from a ModelConfig.
       switches: fields of a ModelConfig, and the values that they can have in this family.
       equal: pairs of fields that are equal in this family.
-      full_width: heads * head_dim is d_model; a model in which it is less is filled up with zeros.
+      heads: what must hold of their number, as in `surgery.widen.wide_config`; models are filled up with zeros for it.
       prefix: of the names of tensors; files of the bare model leave it out.
       tensors: (name, layout, parameters), as in `weights.Layout`; "*" counts the layers. Those whose parameters a
         model does not have, biases mostly, do not count.
@@ -58,7 +58,7 @@ class Family:
     prefix: str
     tensors: tuple[tuple[str, str, tuple[str, ...]], ...]
     equal: tuple[tuple[str, str], ...] = ()
-    full_width: bool = False
+    heads: str = "any"
 
     def model(self, keys: Keys, dtype: str) -> ModelConfig:
         """The ModelConfig of a config.json; a UserError where the decoder lacks what it asks for."""

@@ -54,8 +54,8 @@ def export(
     """
     model = ModelConfig(**manifest["model"])
     family = family_of(model)
-    wide = widen.wide_config(model, family.full_width)
-    params, model = widen.widen(model, params, wide), wide
+    wide = widen.wide_config(model, family.heads)
+    params, model = jax.jit(lambda params: widen.widen(model, params, wide))(params) if wide != model else params, wide
     if family is QWEN2 and not tokenizer_files.is_qwen(tokenizer):
         # AutoTokenizer would split texts for a Qwen2 model as Qwen does, whatever its files say.
         model = dataclasses.replace(model, attn_out_bias=True)
@@ -79,7 +79,7 @@ def family_of(model: ModelConfig) -> Family:
     misfits = {family.architecture: family.misfits(equal) for family in FAMILIES}
     for family in FAMILIES:
         if not misfits[family.architecture]:
-            widen.wide_config(model, family.full_width)  # raises where zeros can't fill it up
+            widen.wide_config(model, family.heads)  # raises where zeros can't fill it up
             return family
     nearest = min(misfits, key=lambda name: len(misfits[name]))
     raise UserError(

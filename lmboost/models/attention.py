@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, H query heads, K key/value heads, N head size
 """
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import jax
@@ -16,12 +17,17 @@ from lmboost.errors import UserError
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash_interpret")
 
 
-def resolve(implementation: str, platform: str, seq_len: int, head_dim: int, dtype: str, field: str = "model") -> str:
+def resolve(
+    implementation: str, platform: str, seq_len: int, head_dims: Collection[int], dtype: str, field: str = "model"
+) -> str:
     """Turns "auto" into the fastest kernel for `platform` ("cpu", "gpu", "tpu") that takes these shapes.
 
-    Raises a UserError where a kernel is asked for that the platform does not have.
+    head_dims: the sizes that heads have; a kernel must take those of all layers.
+
+    Raises a UserError where a kernel is asked for that the platform does not have, or that does not take the shapes.
     """
-    cudnn = platform == "gpu" and dtype == "bfloat16" and head_dim % 8 == 0 and head_dim <= 128 and seq_len % 2 == 0
+    heads_fit = all(size % 8 == 0 and size <= 128 for size in head_dims)
+    cudnn = platform == "gpu" and dtype == "bfloat16" and heads_fit and seq_len % 2 == 0
     splash = platform == "tpu" and seq_len % 128 == 0
     if implementation == "auto":
         return "cudnn" if cudnn else "splash" if splash else "xla"
@@ -32,7 +38,7 @@ def resolve(implementation: str, platform: str, seq_len: int, head_dim: int, dty
         }[implementation]
         raise UserError(
             f"{field}.attention={implementation!r} needs {needs}; here: platform {platform}, dtype {dtype}, "
-            f"head_dim {head_dim}, seq_len {seq_len}. Use 'auto'."
+            f"head_dim {', '.join(map(str, sorted(head_dims)))}, seq_len {seq_len}. Use 'auto'."
         )
     return implementation
 

@@ -3,9 +3,10 @@
     python -m lmboost.surgery rank --checkpoint=RUN_OR_hf:DIR --out=DIR      which layers attend with rank one
     python -m lmboost.surgery grow --reference=RUN --config=FILE --workdir=DIR [--config.a.b=VALUE]
                                                                              Inheritune, round after round
+    python -m lmboost.surgery inherit --parent=RUN_OR_hf:DIR --layers=0-5,8 --out=DIR
+                                                                             a checkpoint with some of its layers
 
-Inheriting once is a config of a run: --config.init.from=RUN --config.init.kind=inherit. `rank --help` and
-`grow --help` say more.
+A run can inherit by itself, too: --config.init.from=RUN --config.init.kind=inherit. `VERB --help` says more.
 """
 
 import argparse
@@ -14,9 +15,7 @@ from collections.abc import Sequence
 
 from lmboost import config as configs
 from lmboost.errors import UserError, exit_on_user_error, nearest
-from lmboost.surgery import grow, rank_report
-
-VERBS = ("rank", "grow")
+from lmboost.surgery import files, grow, inherit, rank_report
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     verb, *rest = argv
     if verb not in VERBS:
         raise UserError(f"lmboost.surgery {verb!r} is not known{nearest(verb, VERBS)}: expected {' or '.join(VERBS)}.")
-    {"rank": _rank, "grow": _grow}[verb](rest)
+    VERBS[verb](rest)
 
 
 def _rank(argv: Sequence[str]) -> None:
@@ -51,6 +50,21 @@ def _grow(argv: Sequence[str]) -> None:
     flags, rest = parser.parse_known_args(argv)
     config, workdir = configs.load(rest)
     grow.grow(config, workdir, **vars(flags))
+
+
+def _inherit(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser("lmboost.surgery inherit", description="A checkpoint with layers of a model.")
+    parser.add_argument("--parent", required=True, help="a run, one of its checkpoints, or hf:DIR")
+    parser.add_argument("--layers", required=True, help="that are taken, counted from 0, as 0-5,8")
+    parser.add_argument("--out", required=True, help="a directory to make")
+    parser.add_argument("--fresh", default="", help=f"parts that start at random, of {','.join(inherit.PARTS)}")
+    parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
+    parser.add_argument("--seed", type=int, default=0, help="of the parts that start at random")
+    parser.add_argument("--tokenizer", default="", help="empty: the parent's own, beside it or in its data")
+    files.write_inherited(**vars(parser.parse_args(argv)))
+
+
+VERBS = {"rank": _rank, "grow": _grow, "inherit": _inherit}
 
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from lmboost.errors import UserError, one_of
-from lmboost.models.transformer import ModelConfig
+from lmboost.models import transformer
+from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes
 
 KINDS = ("copy", "inherit", "stack")
 # What a model has besides its layers, and where that is in the parameters.
 PARTS = {"embedding": "embed", "positions": "position_embed", "final_norm": "final_norm", "head": "head"}
 # Fields in which the two models may differ: they change no layer. (Padded rows are checked when they are read.)
-FREE = ("num_layers", "dtype", "attention", "remat", "init_std", "vocab_multiple")
+FREE = ("dtype", "attention", "remat", "init_std", "vocab_multiple")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +30,35 @@ class Inheritance:
 
     Attributes:
       layers: for each layer of the child, the layer of the parent that it starts as, counted from 0.
+      parent, child: what the two are; the child's layers have the sizes of those that they start as.
       fresh: parts (of PARTS) that are not inherited.
     """
 
     layers: tuple[int, ...]
+    parent: ModelConfig
+    child: ModelConfig
     fresh: frozenset[str] = frozenset()
 
-    def __call__(self, parent: Mapping[str, Any], random: Mapping[str, Any]) -> dict[str, Any]:
-        """The child's parameters; `random` is a parameter tree of the child, from which the fresh parts come."""
+    def __call__(self, params: Mapping[str, Any], random: Mapping[str, Any]) -> dict[str, Any]:
+        """The child's parameters.
+
+        Args:
+          params: the parent's.
+          random: a parameter tree of the child, from which the fresh parts come.
+        """
         kept = {name for part, name in PARTS.items() if part in self.fresh}
-        whole = {name: random[name] if name in kept else parent[name] for name in random if name != "layers"}
-        index = jnp.array(self.layers)
-        return whole | {"layers": jax.tree.map(lambda x: jnp.take(x, index, axis=0), parent["layers"])}
+        whole = {name: random[name] if name in kept else params[name] for name in random if name != "layers"}
+        return whole | {"layers": self._take_layers(params)}
+
+    def _take_layers(self, params: Mapping[str, Any]) -> Any:
+        """The child's layers out of the parent's parameters, stacked as the child's segments are."""
+        if len(self.parent.segments()) == 1:
+            index = jnp.array(self.layers)
+            return jax.tree.map(lambda x: jnp.take(x, index, axis=0), params["layers"])
+        taken = [transformer.one_layer(self.parent, params, layer)[1] for layer in self.layers]
+        return transformer.join_layers(
+            [jax.tree.map(lambda *xs: jnp.stack(xs), *taken[s.start : s.stop]) for s in self.child.segments()]
+        )
 
     def report(self, params: Mapping[str, Any]) -> list[str]:
         """What became of each part of a parameter tree of the child, a line each."""
@@ -52,40 +70,49 @@ class Inheritance:
 
 
 def plan(
-    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init"
+    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init."
 ) -> Inheritance:
-    """Reads the three fields of a config and checks them against the two models.
+    """Reads three fields, of a config or of a command, and checks them against the two models.
 
     Args:
       kind: "inherit": some of the parent's layers in their order. "stack": these over and over until the child has
         enough. ("copy", the parent as it is, takes no part of it.)
       layers: the parent's layers, as "0-5,8"; empty is the first ones ("inherit") or all of them ("stack").
       fresh: parts that are not inherited, as "embedding,head".
+      field: what these names begin with where the user gives them.
 
     Raises a UserError where layers are not the parent's, not in order, or not as many as the child has, and where the
-    models differ in more than their number.
+    child is another model than these layers make.
     """
-    one_of(f"{field}.kind", kind, KINDS)
-    parts = frozenset(one_of(f"{field}.fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
+    one_of(f"{field}kind", kind, KINDS)
+    parts = frozenset(one_of(f"{field}fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
     if kind == "copy":
-        raise UserError(f"{field}.layers and {field}.fresh need {field}.kind='inherit' or 'stack', not 'copy'.")
-    check_models(parent, child, field)
+        raise UserError(f"{field}layers and {field}fresh need {field}kind='inherit' or 'stack', not 'copy'.")
     if not layers:
         layers = f"0-{(min(child.num_layers, parent.num_layers) if kind == 'inherit' else parent.num_layers) - 1}"
-    chosen = parse_layers(layers, parent.num_layers, f"{field}.layers")
+    chosen = parse_layers(layers, parent.num_layers, f"{field}layers")
     if kind == "stack":
         if child.num_layers % len(chosen):
             raise UserError(
-                f"{field}.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
+                f"{field}layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
                 "multiple of that: layers are stacked a whole number of times."
             )
         chosen *= child.num_layers // len(chosen)
     if len(chosen) != child.num_layers:
         raise UserError(
-            f"{field}.layers={layers!r} are {len(chosen)} of the parent's {parent.num_layers} layers, but "
+            f"{field}layers={layers!r} are {len(chosen)} of the parent's {parent.num_layers} layers, but "
             f"model.num_layers={child.num_layers}: set it to the number of layers that are taken."
         )
-    return Inheritance(chosen, parts)
+    check_models(of_layers(parent, chosen), child, field)
+    return Inheritance(chosen, parent, child, parts)
+
+
+def of_layers(parent: ModelConfig, layers: Sequence[int]) -> ModelConfig:
+    """The model that some layers of a parent make, with the sizes that these have."""
+    sizes = [parent.sizes[layer] for layer in layers]
+    largest = LayerSizes(*map(max, zip(*sizes, strict=True)))
+    unequal = format_sizes(sizes) if len(set(sizes)) > 1 else ""
+    return dataclasses.replace(parent, num_layers=len(sizes), layer_sizes=unequal, **largest._asdict())
 
 
 def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:
@@ -115,15 +142,15 @@ def ranges(layers: Sequence[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def check_models(parent: ModelConfig, child: ModelConfig, field: str, sizes: Sequence[str] = ()) -> None:
-    """Raises a UserError where two models differ in more than depth, `sizes`, and what changes no layer."""
-    a, b = dataclasses.asdict(parent), dataclasses.asdict(child)
+def check_models(taken: ModelConfig, child: ModelConfig, field: str) -> None:
+    """Raises a UserError unless the child is the model that the layers which it takes make."""
+    same = of_layers(child, range(child.num_layers))  # equal sizes are written alike
+    a, b = dataclasses.asdict(taken), dataclasses.asdict(same)
     # Rotary positions have no table: a model may be trained at other lengths than its parent.
-    free = (*FREE, *sizes, *(["max_seq_len"] if parent.position == "rope" else []))
-    if wrong := [
-        f"{name} is {b[name]!r}, the parent's {a[name]!r}" for name in a if name not in free and a[name] != b[name]
-    ]:
+    free = (*FREE, "max_seq_len") if taken.position == "rope" else FREE
+    if wrong := [name for name in a if name not in free and a[name] != b[name]]:
+        differ = "; ".join(f"{name} is {b[name]!r}, the parent's {a[name]!r}" for name in wrong)
         raise UserError(
-            f"{field}.from is a model that layers can't be inherited from: in this config's model, {'; '.join(wrong)}. "
-            "Give the parent's own values."
+            f"{field}from is a model that these layers can't be taken from: in this config's model, {differ}. Set "
+            f"{', '.join(f'model.{name}={a[name]!r}' for name in wrong)}."
         )

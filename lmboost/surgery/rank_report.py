@@ -19,10 +19,19 @@ def write(checkpoint: str, out: str, data: str = "", step: int = -1, rows: int =
     """Measures `rows` sequences of `tokens` tokens; writes OUT/rank.md, OUT/rank.json and OUT/rank.png.
 
     data: empty is what the model was trained on; the sequences are the first of its validation split.
+
+    Raises a UserError where layers have unequal numbers of heads: there is no table of them.
     """
-    mesh = sharding.make_mesh()
+    # One device: decompositions on several CPU devices at once can wait for each other for ever (jaxlib 0.10.2).
+    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         loaded = generate.load_model(checkpoint, step, mesh, "float32")
+        if len(heads := {sizes.num_heads for sizes in loaded.model.sizes}) > 1:
+            raise UserError(
+                f"--checkpoint={checkpoint!r} has layers of {', '.join(map(str, sorted(heads)))} heads "
+                f"(layer_sizes={loaded.model.layer_sizes!r}), and ranks are compared between layers of equally many: "
+                "measure the model that it was cut from."
+            )
         trained_on = (loaded.manifest.get("config") or {}).get("data", {}).get("train", "")
         spec = data or trained_on
         if not spec:

@@ -24,11 +24,11 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, plan, sharding
+from lmboost import checkpoint, plan, sharding, standalone
 from lmboost import config as configs
 from lmboost.data import loader, tokenizer
 from lmboost.errors import UserError
-from lmboost.hf import PREFIX, tokenizer_files
+from lmboost.hf import PREFIX
 from lmboost.models import attention, transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import evolution, fitness, importance, notation, search_plot, subnet, view
@@ -159,7 +159,8 @@ def load_parent(config: ConfigDict, spec: str, mesh: Mesh) -> Parent:
             "embeddings would stand for other tokens. Prepare the data with its tokenizer."
         )
     model = ModelConfig(**manifest["model"])
-    kernel = attention.resolve("auto", jax.default_backend(), config.seq_len, [model.head_dim], config.model.dtype)
+    heads = {sizes.head_dim for sizes in model.sizes}
+    kernel = attention.resolve("auto", jax.default_backend(), config.seq_len, heads, config.model.dtype)
     model = dataclasses.replace(
         model, dtype=config.model.dtype, vocab_multiple=config.model.vocab_multiple, attention=kernel, remat="none"
     )
@@ -276,13 +277,10 @@ def _write_winner(out: pathlib.Path, config: ConfigDict, parent: Parent, cut: Cu
     params = jax.jit(lambda params: subnet.extract(parent.model, params, cut))(parent.params)
     source = {"parent": parent.name, "cut": notation.to_json(cut), "val_loss": loss}
     manifest = {"model": dataclasses.asdict(child), "data": {"tokenizer": parent.tokenizer}, "source": source}
-    partial = out / "winner.partial"
-    for directory in (partial, out / "winner"):
-        shutil.rmtree(directory, ignore_errors=True)
-    checkpoint.save_params(partial, params, manifest | {"versions": plan.versions(plan.PACKAGES)})
     info = loader.info(config.data.validation or config.data.train, "validation")
-    tokenizer_files.copy(tokenizer.load(info.tokenizer_path), partial / "tokenizer")
-    os.replace(partial, out / "winner")
+    shutil.rmtree(out / "winner", ignore_errors=True)
+    with standalone.whole(out / "winner") as partial:
+        standalone.write_checkpoint(partial, params, manifest, tokenizer.load(info.tokenizer_path))
     (out / "winner.py").write_text(_recipe(out, config, parent, child, loss))
 
 

@@ -17,8 +17,6 @@ from lmboost.models import transformer
 from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes
 from lmboost.surgery import inherit, slots
 
-SIZES = ("d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "layer_sizes")  # of a model, besides its depth
-
 
 class LayerCut(NamedTuple):
     """What is kept of a layer, each in ascending order of the parent's indices.
@@ -102,11 +100,14 @@ class FirstEntries:
             counts = {len(getattr(layer, field)) for layer in self.cut.layers}
             span = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
             lines.append(f"{name}: the first {span} of {whole_size}")
+        kept = {len(layer.heads[0]) for layer in self.cut.layers}
+        span = f"{min(kept)} to {max(kept)}" if len(kept) > 1 else f"{min(kept)}"
+        lines.append(f"query heads of each: the first {span} of {self.parent.num_heads // self.parent.num_kv_heads}")
         return lines
 
 
 def plan(
-    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init"
+    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init."
 ) -> FirstEntries:
     """The cut that `init.kind="subnet"` asks for; the child's config says how much of everything is kept.
 
@@ -116,17 +117,16 @@ def plan(
     Raises a UserError where the child is larger than the parent, or differs in more than sizes.
     """
     if fresh:
-        raise UserError(
-            f"{field}.fresh={fresh!r}: with {field}.kind={kind!r} all comes from the parent; leave it empty."
-        )
-    inherit.check_models(parent, child, field, SIZES)
-    chosen = inherit.parse_layers(layers, parent.num_layers, f"{field}.layers") if layers else None
+        raise UserError(f"{field}fresh={fresh!r}: with {field}kind={kind!r} all comes from the parent; leave it empty.")
+    chosen = inherit.parse_layers(layers, parent.num_layers, f"{field}layers") if layers else None
     if chosen and len(chosen) != child.num_layers:
         raise UserError(
-            f"{field}.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers}: set it to "
+            f"{field}layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers}: set it to "
             "the number of layers that are taken."
         )
-    return FirstEntries(parent, first_entries(parent, child, chosen))
+    cut = first_entries(parent, child, chosen)
+    inherit.check_models(child_config(parent, cut), child, field)
+    return FirstEntries(parent, cut)
 
 
 def query_heads(parent: ModelConfig, layer: LayerCut) -> list[int]:
@@ -149,7 +149,13 @@ def first_entries(
 
     Raises a UserError where the child is larger than the parent in anything.
     """
+    child.validate(field)
     layers = range(child.num_layers) if layers is None else layers
+    if len(layers) != child.num_layers:
+        raise UserError(
+            f"{field}.num_layers={child.num_layers}, but the layers {list(layers)} are {len(layers)}: name one layer "
+            "of the parent for each of the cut."
+        )
     ratio = parent.num_heads // parent.num_kv_heads
     limits = {"num_layers": parent.num_layers, "d_model": parent.d_model}
     limits |= {"num_kv_heads": parent.num_kv_heads, "head_dim": parent.head_dim, "mlp_dim": parent.mlp_dim}

@@ -151,8 +151,9 @@ def feature_places(hull: ModelConfig, features: int) -> list[int]:
     own, room = dataclasses.replace(hull, head_dim=features).rotary_dim, hull.rotary_dim
     if not has_room(hull, features):
         raise UserError(
-            f"head_dim={features} has {own} rotated features, which does not divide the {room} of head_dim="
-            f"{hull.head_dim}: its rotary frequencies are not among those. Choose head sizes that divide each other."
+            f"head_dim={features} with {own} rotated features has no place in head_dim={hull.head_dim} with {room}: "
+            "the smaller number must divide the larger one, so that its frequencies are among those, and there must be "
+            "room for what is not rotated. Choose head sizes that divide each other."
         )
     pairs = [i * (room // own) for i in range(own // 2)]
     return [*pairs, *(room // 2 + i for i in pairs), *range(room, room + features - own)]
@@ -212,7 +213,10 @@ def rescale_attention(layers: Mapping[str, Any], scales: Scales) -> dict[str, An
     attn = dict(layers["attn"])
     for name, factor_L in scales._asdict().items():
         if name in attn:
-            attn[name] = {
-                key: x * jnp.asarray(factor_L).reshape((-1,) + (1,) * (x.ndim - 1)) for key, x in attn[name].items()
-            }
+            attn[name] = {key: _times(x, factor_L) for key, x in attn[name].items()}
     return {**layers, "attn": attn}
+
+
+def _times(x: jax.Array, factor_L: Any) -> jax.Array:
+    """Each layer of a stack times its factor, in the stack's dtype."""
+    return (x * jnp.asarray(factor_L).reshape((-1,) + (1,) * (x.ndim - 1))).astype(x.dtype)

@@ -4,7 +4,7 @@ Formats that know one size for all layers (the Hugging Face Hub's) can hold such
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,40 +17,48 @@ from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import slots, subnet, view
 
 
-def wide_config(config: ModelConfig, full_width: bool = False) -> ModelConfig:
+def wide_config(config: ModelConfig, heads: str = "any") -> ModelConfig:
     """The config of equal layers that has room for every layer of `config`.
 
     A layer has as many query heads for each key/value head as any layer has.
 
-    full_width: heads times their size must be the model's width, as in GPT-2: there are more or larger heads.
+    heads: what an architecture asks of their number: "any"; "divide": that it divides the model's width, as in Llama;
+      "full": that heads times their size are the width, as in GPT-2. There are more or larger heads where needed.
 
     Raises a UserError where there is no such config, or where a head of its size lacks the rotary frequencies of a
     smaller one.
     """
-    sizes = config.sizes
-    room = max(heads // groups for heads, groups, _, _ in sizes)
+    smaller = {sizes.head_dim for sizes in config.sizes}
+    room = max(sizes.num_heads // sizes.num_kv_heads for sizes in config.sizes)
     wide = dataclasses.replace(config, layer_sizes="", num_heads=room * config.num_kv_heads)
-    if full_width and wide.num_heads * wide.head_dim != wide.d_model:
-        wide = _full_width(wide, {features for _, _, features, _ in sizes})
-    for _, _, features, _ in sizes:
-        view.feature_places(wide, features)
-    return wide
-
-
-def _full_width(wide: ModelConfig, smaller: set[int]) -> ModelConfig:
-    """With the smallest heads that have room for all, and as many as make up the width."""
-    ratio = wide.num_heads // wide.num_kv_heads
-    for head_dim in range(wide.head_dim, wide.d_model + 1):
-        heads = wide.d_model // head_dim
-        if heads < wide.num_heads:
-            break
-        new = dataclasses.replace(wide, head_dim=head_dim, num_heads=heads, num_kv_heads=heads // ratio)
-        if heads * head_dim == wide.d_model and heads % ratio == 0 and all(view.has_room(new, n) for n in smaller):
+    for new in _more_heads(wide, heads):
+        if all(view.has_room(new, features) for features in smaller):
             return new
+    for features in smaller:
+        view.feature_places(wide, features)  # raises where that is the reason
     raise UserError(
-        f"num_heads={wide.num_heads} of head_dim={wide.head_dim} can't be filled up with zeros to the width d_model="
-        f"{wide.d_model}, which heads times their size must be in this architecture: cut fewer heads, or a wider model."
+        f"num_heads={wide.num_heads} of head_dim={wide.head_dim} can't be filled up with zeros so that heads "
+        f"{'times their size are' if heads == 'full' else 'divide'} the width d_model={wide.d_model}, as they must in "
+        "this architecture: cut fewer heads, or a wider model."
     )
+
+
+def _more_heads(wide: ModelConfig, heads: str) -> Iterator[ModelConfig]:
+    """Models like it that have room for its heads and as many as `heads` asks for, the least first."""
+    width, ratio = wide.d_model, wide.num_heads // wide.num_kv_heads
+    if heads == "any":
+        shapes = [(wide.num_heads, wide.head_dim)]
+    elif heads == "divide":
+        shapes = [(count, wide.head_dim) for count in range(wide.num_heads, width + 1) if width % count == 0]
+    else:
+        sizes = range(wide.head_dim, width // wide.num_heads + 1)
+        shapes = [(width // head_dim, head_dim) for head_dim in sizes if width % head_dim == 0]
+    for count, head_dim in shapes:
+        # Where each query head has its own keys and values, it keeps them.
+        groups = [count] if ratio == 1 else range(wide.num_kv_heads, count // ratio + 1)
+        for kv_heads in groups:
+            if count % kv_heads == 0:
+                yield dataclasses.replace(wide, head_dim=head_dim, num_heads=count, num_kv_heads=kv_heads)
 
 
 def widen(config: ModelConfig, params: Mapping[str, Any], wide: ModelConfig) -> dict[str, Any]:

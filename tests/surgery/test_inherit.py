@@ -1,28 +1,35 @@
 """What a model takes from its parent, and what is refused."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
 
+from lmboost import sharding
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.presets import preset, tiny
 from lmboost.surgery import inherit
 
 PARENTS = {name: tiny(preset(name), 6) for name in ("gpt2", "pythia-70m", "smollm2-135m", "openllama-3b")}
+SIZES = "2*4/2/16/128,2*2/1/16/96,2*4/2/8/64"
+PARENTS["unequal"] = dataclasses.replace(PARENTS["smollm2-135m"], layer_sizes=SIZES)
 parents = pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS.keys())
 FIELDS = ("kind", "layers", "fresh")
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
 
 
+@functools.cache
 def params_of(config, seed):
-    return transformer.init(config, jax.random.key(seed))
+    shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: 0.1 * draw.standard_normal(x.shape, np.float32), shapes)
 
 
 def inherited(parent, child, kind="inherit", layers="", fresh=""):
-    return inherit.plan(kind, layers, fresh, parent, child)(params_of(parent, 0), params_of(child, 1))
+    return jax.jit(inherit.plan(kind, layers, fresh, parent, child))(params_of(parent, 0), params_of(child, 1))
 
 
 def states(config, params, capture=()):
@@ -43,7 +50,7 @@ def test_all_layers_are_the_parent_bitwise(parent):
 
 @parents
 def test_the_first_layers_give_the_parents_states(parent):
-    child = dataclasses.replace(parent, num_layers=3)
+    child = inherit.of_layers(parent, range(3))
     params = inherited(parent, child)
     _, whole = states(parent, params_of(parent, 0), (0, 1, 2, 3))
     _, part = states(child, params, (0, 1, 2, 3))
@@ -60,6 +67,41 @@ def test_chosen_layers_and_stacks():
         child = dataclasses.replace(parent, num_layers=count)
         after = inherited(parent, child, kind, layers)["layers"]
         same(after, jax.tree.map(lambda x, expected=expected: x[np.array(expected)], before))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "indices", "sizes"),
+    [
+        ("inherit", "0-2", [0, 1, 2], "2*4/2/16/128,2/1/16/96"),
+        ("inherit", "0,4-5", [0, 4, 5], "4/2/16/128,4/2/8/64,4/2/8/64"),  # equal neighbours, written one by one
+        ("inherit", "2,3", [2, 3], ""),  # of equal sizes: a plain model
+        ("stack", "1-2", [1, 2, 1, 2], "4/2/16/128,2/1/16/96,4/2/16/128,2/1/16/96"),
+    ],
+)
+def test_layers_of_unequal_sizes_are_taken_one_by_one(kind, layers, indices, sizes):
+    parent, before = PARENTS["unequal"], params_of(PARENTS["unequal"], 0)
+    child = dataclasses.replace(inherit.of_layers(parent, indices), layer_sizes=sizes).validate()
+    taken = inherit.plan(kind, layers, "", parent, child)
+    after = jax.jit(taken)(before, params_of(child, 1))
+    for new, old in enumerate(indices):
+        same(transformer.one_layer(child, after, new)[1], transformer.one_layer(parent, before, old)[1])
+    assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, params_of(child, 1))
+    mesh = sharding.make_mesh(2, 2, 2)
+    placed = jax.device_put((before, params_of(child, 1)), sharding.tree_sharding((before, after), mesh))
+    same(jax.jit(taken, out_shardings=sharding.tree_sharding(after, mesh))(*placed), after)
+
+
+def test_a_child_of_other_sizes_is_told_what_to_set():
+    parent = PARENTS["unequal"]
+    child = dataclasses.replace(parent, num_layers=3, layer_sizes="")
+    for sizes, message in (
+        ("", r"layer_sizes is '', the parent's '2\*4/2/16/128,2/1/16/96'. Set model.layer_sizes='2\*4/2/16/128,2/1"),
+        ("4/2/16/128,2*2/1/16/96", "Set model.layer_sizes='2"),
+    ):
+        with pytest.raises(UserError, match=f"init.from is a model that these layers can't be taken from.*{message}"):
+            inherit.plan("inherit", "0-2", "", parent, dataclasses.replace(child, layer_sizes=sizes))
+    with pytest.raises(UserError, match="Set model.num_heads=2, model.num_kv_heads=1, model.mlp_dim=96"):
+        inherit.plan("inherit", "2", "", parent, dataclasses.replace(child, num_layers=1))
 
 
 def test_fresh_parts_stay_as_they_are_at_random():

@@ -1,0 +1,76 @@
+"""A model as a directory of its own, which no run of training writes: all of it, or nothing."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from etils import epath
+
+from lmboost import checkpoint, hf, plan
+from lmboost.data import records
+from lmboost.data import tokenizer as tokenizers
+from lmboost.errors import UserError
+from lmboost.hf import tokenizer_files
+from lmboost.models.model_config import ModelConfig
+
+
+def find_target(out: str) -> pathlib.Path:
+    """The directory that `--out` names, to be made; it may exist if it is empty."""
+    if "://" in out:
+        raise UserError(f"--out={out!r}: expected a local directory.")
+    target = pathlib.Path(out.removeprefix(hf.PREFIX)).expanduser().absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--out={out!r} exists and is not empty: choose another directory, or remove it.")
+    return target
+
+
+@contextlib.contextmanager
+def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The name of a directory to make and fill, which becomes `target` at the end; after an error nothing is left.
+
+    Raises a UserError where the disk is full or can't be written.
+    """
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+        os.replace(partial, target)
+    except (OSError, RuntimeError, ValueError) as error:
+        if mended := records.disk_error(error, partial):
+            raise mended from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_checkpoint(
+    directory: pathlib.Path, params: Any, manifest: dict[str, Any], tokenizer: tokenizers.Tokenizer | None
+) -> None:
+    """Makes `directory` a checkpoint of parameters and a manifest, with the tokenizer in it."""
+    about = {"versions": plan.versions(plan.PACKAGES), "command": sys.argv}
+    checkpoint.save_params(directory, params, manifest | about)
+    if tokenizer:
+        tokenizer_files.copy(tokenizer, directory / "tokenizer")
+
+
+def find_tokenizer(
+    directory: epath.Path, manifest: dict[str, Any], given: str, model: ModelConfig, needed: bool
+) -> tokenizers.Tokenizer | None:
+    """The model's tokenizer, which the manifest then names. A checkpoint can do without; a Hub directory can't.
+
+    given: for `tokenizer.load`; empty is the one beside the model, or of the data that it was trained on.
+    """
+    if not needed and not given and manifest["data"]["tokenizer"] is None:
+        return None
+    coder = tokenizers.find_for(directory, manifest, given)
+    if coder.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer in {coder.path} has {coder.vocab_size} pieces, more than the model's "
+            f"vocab_size={model.vocab_size}: give the one that it was trained with as --tokenizer."
+        )
+    manifest["data"] |= {"tokenizer": coder.fingerprint}
+    return coder
