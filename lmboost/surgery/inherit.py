@@ -86,6 +86,9 @@ def plan(
     """
     one_of(f"{field}kind", kind, KINDS)
     parts = frozenset(one_of(f"{field}fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
+    there = {"positions": child.position == "learned", "final_norm": child.final_norm, "head": not child.tie_embeddings}
+    if missing := sorted(part for part in parts if not there.get(part, True)):
+        raise UserError(f"{field}fresh={fresh!r}: the model has no {missing[0]} of its own; leave it out.")
     if kind == "copy":
         raise UserError(f"{field}layers and {field}fresh need {field}kind='inherit' or 'stack', not 'copy'.")
     if not layers:

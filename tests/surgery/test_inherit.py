@@ -130,6 +130,7 @@ def test_fresh_parts_stay_as_they_are_at_random():
         ({"kind": "stack", "layers": "0-1"}, "no multiple of that"),
         ({"kind": "inherits"}, r"did you mean 'inherit'\?"),
         ({"fresh": "norms"}, "init.fresh='norms' is not known"),
+        ({"fresh": "positions"}, "init.fresh='positions': the model has no positions of its own"),
         ({"kind": "copy", "fresh": "head"}, "not 'copy'"),
         ({"kind": "copy", "layers": "0-2"}, "not 'copy'"),
         ({"mlp_dim": 64}, "mlp_dim is 64, the parent's 128"),
