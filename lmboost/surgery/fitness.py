@@ -45,6 +45,10 @@ class Fitness:
         """How often the evaluation of views has been compiled."""
         return self._losses._cache_size()
 
+    def lower(self, views: Any) -> jax.stages.Lowered:
+        """The evaluation of stacked views, lowered for the mesh in use; all arguments may be abstract."""
+        return self._losses.lower(self._params, views, self._batches)
+
     def __call__(self, cuts: Sequence[Cut]) -> list[float]:
         """The losses of at most `at_once` cuts."""
         views = [view.place(self._parent, self._hull, cut) for cut in cuts]

@@ -12,14 +12,17 @@ import time
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from lmboost import checkpoint, evaluate, search, sharding
 from lmboost.config import load
 from lmboost.errors import UserError
+from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import evolution, fitness, notation, subnet, view
 from lmboost.surgery import search as searches
 from tests import hub, runs
+from tests.test_compiled import topology_mesh
 
 SEARCH = {
     "search.params": "70K-80K", "search.layers": "2-3", "search.d_model": "24-48:4", "search.num_kv_heads": "1-2",
@@ -121,6 +124,7 @@ def test_the_winner_is_a_checkpoint_and_a_config_to_train(finished, home, data):
     assert next(line["ce"] for line in lines if "ce" in line) < loss + 0.3  # it starts as the cut, not at random
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_writes_the_same(finished, parent, data, recipe, home):
     directory, _ = finished
     workdir, again = home / "killed", home / "killed" / "candidates.jsonl"
@@ -142,6 +146,34 @@ def test_killed_and_resumed_it_writes_the_same(finished, parent, data, recipe, h
     assert again.read_bytes() == whole
     values = [_params(place / "winner") for place in (directory, workdir)]
     jax.tree.map(np.testing.assert_array_equal, *values)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_the_evaluation_compiles_for_tpus(sizes):
+    mesh = topology_mesh(sizes)
+    model = ModelConfig(
+        vocab_size=4096, num_layers=4, d_model=256, num_heads=4, num_kv_heads=2, head_dim=128, mlp_dim=512,
+        max_seq_len=256, attention="splash",
+    )  # fmt: skip
+    sizes = {"num_layers": 3, "d_model": 192, "num_kv_heads": 2, "group_heads": 2, "head_dim": 128, "mlp_dim": 512}
+    hull = view.hull_config(model, sizes)
+
+    def abstract(x, place):
+        return jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place)
+
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+        params = jax.tree.map(abstract, params, sharding.tree_sharding(params, mesh))
+        one = view.place(model, hull, subnet.first_entries(model, hull))
+        views = jax.tree.map(lambda x: abstract(np.stack([x] * 4), sharding.replicated(mesh)), one)
+        rows = NamedSharding(mesh, sharding.spec((None, "batch", "length")))
+        batch = {"weights": abstract(np.zeros((2, 8, 256), np.float32), rows)}
+        batch |= dict.fromkeys(
+            ("tokens", "targets", "segment_ids", "positions"), abstract(np.zeros((2, 8, 256), np.int32), rows)
+        )
+        evaluate = fitness.Fitness(model, params, hull, batch, 4, 64)
+        assert evaluate.lower(views).compile().memory_analysis().temp_size_in_bytes < 100e6
 
 
 def _params(directory):
