@@ -102,6 +102,12 @@ class ModelConfig:
             return (LayerSizes(*(getattr(self, name) for name in LayerSizes._fields)),) * self.num_layers
         return parse_sizes(self.layer_sizes)
 
+    def with_sizes(self, sizes: Sequence[LayerSizes]) -> "ModelConfig":
+        """The same model with layers of these sizes; `layer_sizes` is empty where all are equal."""
+        largest = LayerSizes(*map(max, zip(*sizes, strict=True)))
+        unequal = format_sizes(sizes) if len(set(sizes)) > 1 else ""
+        return dataclasses.replace(self, num_layers=len(sizes), layer_sizes=unequal, **largest._asdict())
+
     def segments(self) -> tuple[Segment, ...]:
         """The runs of layers of equal sizes, from the first to the last."""
         sizes, stops = self.sizes, []

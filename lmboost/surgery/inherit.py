@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lmboost.errors import UserError, one_of
 from lmboost.models import transformer
-from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes
+from lmboost.models.model_config import ModelConfig
 
 KINDS = ("copy", "inherit", "stack")
 # What a model has besides its layers, and where that is in the parameters.
@@ -112,10 +112,7 @@ def plan(
 
 def of_layers(parent: ModelConfig, layers: Sequence[int]) -> ModelConfig:
     """The model that some layers of a parent make, with the sizes that these have."""
-    sizes = [parent.sizes[layer] for layer in layers]
-    largest = LayerSizes(*map(max, zip(*sizes, strict=True)))
-    unequal = format_sizes(sizes) if len(set(sizes)) > 1 else ""
-    return dataclasses.replace(parent, num_layers=len(sizes), layer_sizes=unequal, **largest._asdict())
+    return parent.with_sizes([parent.sizes[layer] for layer in layers])
 
 
 def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:

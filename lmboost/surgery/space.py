@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes
+from lmboost.models.model_config import LayerSizes, ModelConfig
 from lmboost.surgery import reach
 from lmboost.surgery.notation import from_json as from_json
 from lmboost.surgery.notation import parse_choices as parse_choices
@@ -109,11 +109,7 @@ class Space:
     def config(self, cut: Cut) -> ModelConfig:
         """The model that a cut makes."""
         sizes = [_layer_sizes(_row(part)) for part in cut.layers]
-        largest = LayerSizes(*map(max, zip(*sizes, strict=True)))
-        text = format_sizes(sizes) if len(set(sizes)) > 1 else ""
-        return dataclasses.replace(
-            self.parent, num_layers=len(sizes), d_model=len(cut.width), layer_sizes=text, **largest._asdict()
-        )
+        return dataclasses.replace(self.parent, d_model=len(cut.width)).with_sizes(sizes)
 
     def num_params(self, cut: Cut) -> int:
         """The number of parameters of `config(cut)`."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from lmboost.errors import UserError
 from lmboost.models import transformer
-from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes
+from lmboost.models.model_config import LayerSizes, ModelConfig
 from lmboost.surgery import inherit, slots
 
 
@@ -53,11 +53,7 @@ def child_config(parent: ModelConfig, cut: Cut) -> ModelConfig:
         LayerSizes(sum(map(len, layer.heads)), len(layer.groups), len(layer.features), len(layer.units))
         for layer in cut.layers
     ]
-    largest = LayerSizes(*map(max, zip(*sizes, strict=True)))
-    unequal = format_sizes(sizes) if len(set(sizes)) > 1 else ""
-    return dataclasses.replace(
-        parent, num_layers=len(sizes), d_model=len(cut.width), layer_sizes=unequal, **largest._asdict()
-    )
+    return dataclasses.replace(parent, d_model=len(cut.width)).with_sizes(sizes)
 
 
 def extract(parent: ModelConfig, params: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
