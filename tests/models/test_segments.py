@@ -302,6 +302,7 @@ def losses(workdir, name="loss"):
     return [line[name] for line in train.metrics.read(str(workdir)) if line.get(name) is not None]
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_goes_on_bitwise(trained, tmp_path, recipe, data):
     workdir, state = trained
     assert losses(workdir)[-1] < losses(workdir)[0] - 0.3
@@ -312,6 +313,7 @@ def test_a_run_learns_and_goes_on_bitwise(trained, tmp_path, recipe, data):
     same(state, resumed)
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_teaches(trained, tmp_path, recipe, data):
     workdir, _ = trained
     found = evaluate.evaluate(str(workdir), batches=2, batch_size=8)

@@ -32,7 +32,7 @@ def start(parent: str, *more: str) -> list[str]:
     return [f"--config.init.from={parent}", "--config.init.kind=subnet", *more]
 
 
-@pytest.mark.parametrize("sizes", [SMALLER, UNEQUAL], ids=["uniform", "unequal"])
+@pytest.mark.parametrize("sizes", [pytest.param(SMALLER, marks=pytest.mark.slow), UNEQUAL], ids=["uniform", "unequal"])
 def test_a_run_starts_with_the_first_entries(sizes, home, recipe, data, parent, tmp_path, capsys):
     flags = start(parent, "--config.init.layers=0,2", "--config.mesh.fsdp=2", STILL)
     runs.run(recipe, tmp_path / "child", data, *sizes, *flags)
