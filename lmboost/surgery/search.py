@@ -44,6 +44,7 @@ FIELDS = (
     "data.train",
     "data.validation",
     "model.vocab_multiple",
+    "model.dtype",
     "search",
 )
 MORE = "search.candidates"  # but this one may be raised to go on

@@ -90,15 +90,17 @@ class FirstEntries:
         """What was kept, a line each."""
         kept = inherit.ranges([layer.layer for layer in self.cut.layers])
         lines = [f"layers: of the parent's {kept}", f"width: the first {len(self.cut.width)} of {self.parent.d_model}"]
-        each = {"key/value heads": "groups", "features of a head": "features", "units of the MLP": "units"}
-        wholes = (self.parent.num_kv_heads, self.parent.head_dim, self.parent.mlp_dim)
-        for (name, field), whole_size in zip(each.items(), wholes, strict=True):
-            counts = {len(getattr(layer, field)) for layer in self.cut.layers}
+        parent, layers = self.parent, self.cut.layers
+        each = {
+            "key/value heads": ([layer.groups for layer in layers], parent.num_kv_heads),
+            "query heads of each": ([layer.heads[0] for layer in layers], parent.num_heads // parent.num_kv_heads),
+            "features of a head": ([layer.features for layer in layers], parent.head_dim),
+            "units of the MLP": ([layer.units for layer in layers], parent.mlp_dim),
+        }
+        for name, (entries, size) in each.items():
+            counts = set(map(len, entries))
             span = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{min(counts)}"
-            lines.append(f"{name}: the first {span} of {whole_size}")
-        kept = {len(layer.heads[0]) for layer in self.cut.layers}
-        span = f"{min(kept)} to {max(kept)}" if len(kept) > 1 else f"{min(kept)}"
-        lines.append(f"query heads of each: the first {span} of {self.parent.num_heads // self.parent.num_kv_heads}")
+            lines.append(f"{name}: the first {span} of {size}")
         return lines
 
 
