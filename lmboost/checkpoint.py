@@ -1,94 +1,38 @@
-"""Checkpoints with Orbax: what a run needs to go on, and what a helper needs to be loaded.
+"""Checkpoints with Orbax: what is in them, and how they are found and read (checkpointer.py writes those of a run).
 
     WORKDIR/manifest.json                 what the run is: config, model, data, tokenizer, teacher, versions
     WORKDIR/checkpoints/STEP/params       the model's parameters, alone: what a teacher or an init is read from
     WORKDIR/checkpoints/STEP/training     optimizer, counters, learned maps of the alignment
-    WORKDIR/checkpoints/STEP/position     where in the data the next batch begins
+    WORKDIR/checkpoints/STEP/position     where in the data the next batch begins; fingerprints of the two above
     WORKDIR/checkpoints/STEP/manifest     as above, so that a checkpoint can be moved by itself
 
 Teacher parameters are in none of them. What lmboost.convert writes has params and manifest alone, with the tokenizer
 beside them. Wherever a checkpoint is read, "hf:DIR" stands for a Hugging Face Hub directory in its place.
 """
 
-import contextlib
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from lmboost import hf, sharding
 from lmboost.errors import UserError
 from lmboost.train_step import TrainState
 
 
-class Checkpointer:
-    """Writes a run's checkpoints in the background and reads the newest one."""
-
-    def __init__(self, workdir: str, keep: int, keep_every: int):
-        self.directory = epath.Path(os.path.abspath(workdir)) / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_every or None, cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
-
-    @property
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
-
-    def save(self, state: TrainState, step: int, position: dict[str, Any], manifest: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; the writing goes on meanwhile.
-
-        Raises a UserError if this save or the one before failed; checkpoints written earlier are untouched.
-        """
-        params, training = _split(state)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            training=ocp.args.StandardSave(training),
-            position=ocp.args.JsonSave(position),
-            manifest=ocp.args.JsonSave(manifest),
-        )
-        with self._failures_named(f"the checkpoint of step {step}, or the one before it,"):
-            self._manager.save(step, args=items)
-
-    def restore(self, step: int, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(state, position) of a checkpoint; every leaf must have the shape it has in `like`."""
-        return restore_state(self.directory / str(step), like, shardings)
-
-    def wait(self) -> None:
-        """Waits until what was saved is on disk; raises as `save` does."""
-        with self._failures_named("the last checkpoint"):
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        self._manager.close()
-
-    @contextlib.contextmanager
-    def _failures_named(self, what: str) -> Iterator[None]:
-        """Turns what Orbax raises when a disk is full or gone into one clear error."""
-        try:
-            yield
-        except Exception as error:
-            steps = self.finished_steps()
-            safe = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint has been written yet"
-            cause = str(error).strip().split("\n")[0][:300]
-            raise UserError(
-                f"saving {what} to {self.directory} failed ({type(error).__name__}: {cause}); {safe}. "
-                "Make room or mend the disk, and start the same command again: it goes on from there."
-            ) from error
-
-    def finished_steps(self) -> list[int]:
-        return sorted(ocp.utils.checkpoint_steps(self.directory))
+class Damaged(UserError):
+    """A checkpoint whose files are missing, cut off, or changed."""
 
 
-def _split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
     training = {
         "step": state.step,
         "opt_state": state.opt_state,
@@ -108,16 +52,31 @@ def _join(params: Any, training: dict[str, Any]) -> TrainState:
 
 
 def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The whole state in a checkpoint directory, and its data position. Raises a UserError on other shapes."""
+    """The whole state in a checkpoint directory, and its data position.
+
+    Each process reads its part. Raises a UserError on other shapes, a Damaged where the files cannot be read.
+    """
     if not (directory / "training").exists():
         raise UserError(
             f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.from."
         )
     parts = []
-    for name, tree, places in zip(("params", "training"), _split(like), _split(shardings), strict=True):
+    for name, tree, places in zip(("params", "training"), split(like), split(shardings), strict=True):
         parts.append(_restore_tree(directory, name, tree, places))
-    position = json.loads((directory / "position" / "metadata").read_text())
-    return _join(*parts), position
+    return _join(*parts), _read_json(directory, "position")
+
+
+def fingerprints(state: TrainState) -> dict[str, str]:
+    """What is written beside a state, and what it must have when it is read again."""
+    return {name: fingerprint(tree) for name, tree in zip(("params", "training"), split(state), strict=True)}
+
+
+def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[str, Any]) -> None:
+    """Raises a Damaged where a restored state is not, bit for bit, the one that was saved. All processes must ask."""
+    written = position.pop("fingerprints", None)  # checkpoints of earlier releases have none
+    if written and written != (found := fingerprints(state)):
+        changed = [name for name in found if found[name] != written.get(name)]
+        raise Damaged(f"{directory} has changed since it was written: the bits of {' and '.join(changed)} are others.")
 
 
 def find(path: str, step: int = -1, field: str = "from") -> epath.Path:
@@ -156,7 +115,14 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
     """The manifest inside a checkpoint. That of a model from the Hub has no "config", as no run of ours made it."""
     if hf.is_directory(directory):
         return hf.read_manifest(directory)
-    return json.loads((directory / "manifest" / "metadata").read_text())
+    return _read_json(directory, "manifest")
+
+
+def _read_json(directory: epath.Path, item: str) -> dict[str, Any]:
+    try:
+        return json.loads((directory / item / "metadata").read_text())
+    except (OSError, ValueError) as error:
+        raise _damaged(directory / item / "metadata", error) from error
 
 
 def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "float32") -> Any:
@@ -173,9 +139,21 @@ def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "floa
 
 
 def _restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -> Any:
-    _check_same(directory, tree_metadata(directory, item), like)
+    try:
+        found = tree_metadata(directory, item)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(directory / item, error) from error
+    _check_same(directory, found, like)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
-    return ocp.StandardCheckpointHandler().restore(directory / item, args=ocp.args.StandardRestore(target))
+    try:
+        return ocp.StandardCheckpointHandler().restore(directory / item, args=ocp.args.StandardRestore(target))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(directory / item, error) from error
+
+
+def _damaged(path: epath.Path, error: Exception) -> Damaged:
+    cause = str(error).strip().split("\n")[0][:300]
+    return Damaged(f"{path} cannot be read ({type(error).__name__}: {cause}): the checkpoint is damaged.")
 
 
 def _check_same(directory: epath.Path, found: Any, wanted: Any) -> None:
@@ -211,6 +189,14 @@ def fingerprint(params: Any) -> str:
     of summation changes.
     """
 
+    shapes = [(name, tuple(x.shape), str(x.dtype)) for name, x in _named(params)]
+    mesh = next((x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)), None)
+    numbers = [int(n) for n in jax.tree.leaves(jax.device_get(_sums_of_bits(mesh)(params)))]
+    return hashlib.sha256(json.dumps([shapes, numbers]).encode()).hexdigest()
+
+
+@functools.lru_cache  # one compilation for all saves of a run
+def _sums_of_bits(mesh: Mesh | None) -> Callable[[Any], Any]:
     def reduce(x):
         bits = jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]).astype(jnp.uint32)
         places = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, 0) if bits.ndim else jnp.uint32(0)
@@ -218,7 +204,5 @@ def fingerprint(params: Any) -> str:
             places = places * jnp.uint32(31) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         return jnp.sum(bits, dtype=jnp.uint32), jnp.sum(bits * (places * 2 + 1), dtype=jnp.uint32)
 
-    sums = jax.jit(lambda tree: jax.tree.map(reduce, tree))(params)
-    shapes = [(name, tuple(x.shape), str(x.dtype)) for name, x in _named(params)]
-    numbers = [int(n) for n in jax.tree.leaves(jax.tree.map(np.asarray, sums))]
-    return hashlib.sha256(json.dumps([shapes, numbers]).encode()).hexdigest()
+    everywhere = {"out_shardings": sharding.replicated(mesh)} if mesh else {}
+    return jax.jit(lambda tree: jax.tree.map(reduce, tree), **everywhere)

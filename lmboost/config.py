@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
+from lmboost import distributed
 from lmboost.errors import UserError, nearest, one_of
 from lmboost.models.transformer import ModelConfig
 
@@ -128,7 +129,13 @@ def base() -> ConfigDict:
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # sizes; -1 takes the devices that are left
 
-    c.checkpoint = ConfigDict({"every": 1000, "keep": 2, "keep_every": 0})  # steps; keep_every 0 keeps no extra ones
+    c.checkpoint = checkpoint = ConfigDict()
+    checkpoint.every = 1000  # steps
+    checkpoint.seconds = 0.0  # also when so much time has gone by since the last one; 0 is by steps alone
+    checkpoint.keep = 2  # the newest so many
+    checkpoint.keep_every = 0  # and for good those of every so many steps; 0 is none
+    checkpoint.retry_seconds = 60.0  # after a save that failed
+    c.watchdog = ConfigDict({"seconds": 1800.0})  # without progress that end the process with status 76; 0 is never
     c.eval = ConfigDict({"every": 500, "batches": 20})  # steps; 0 is never, batches -1 is the whole split
     c.eval.tasks = ""  # of the lm-evaluation-harness, comma between them: "arc_easy,hellaswag"
     c.eval.tasks_every = 0  # steps; 0 is only at the end
@@ -145,7 +152,8 @@ def base() -> ConfigDict:
 
 # Fields that may differ between two starts of one run: they do not change what is computed.
 FREE = (
-    "mesh", "checkpoint", "log", "data.workers", "max_nonfinite", "resume", "eval", "objective.block_tokens", "search",
+    "mesh", "checkpoint", "watchdog", "log", "data.workers", "max_nonfinite", "resume", "eval",
+    "objective.block_tokens", "search",
 )  # fmt: skip
 
 
@@ -177,7 +185,8 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, str]:
             overrides.append((name, value if equals else None))
             continue
         if name not in ("config", "workdir"):
-            raise UserError(f"unknown flag --{name}{nearest(name, ['config', 'workdir', 'traceback', 'help'])}.")
+            known = ("config", "workdir", "traceback", "help", *distributed.FLAGS)
+            raise UserError(f"unknown flag --{name}{nearest(name, known)}.")
         value = value if equals else next(arguments, "")
         recipe, workdir = (value, workdir) if name == "config" else (recipe, value)
     if not recipe:

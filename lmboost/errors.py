@@ -1,8 +1,15 @@
-"""Errors that the user can mend, and how a verb ends on one."""
+"""Errors that the user can mend, how a verb ends on one, and what its exit status says to a launcher."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
+
+# Exit statuses. Launchers start the same command again on every one but 0 and EXIT_USER_ERROR; after a crash (any
+# other status) not for ever.
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75  # asked to stop: the state was saved at a step boundary
+EXIT_HUNG = 76  # no progress for watchdog.seconds
 
 
 class UserError(ValueError):
@@ -11,6 +18,14 @@ class UserError(ValueError):
     The message names the field, its value, what was expected, and what to do.
     A verb prints it without a traceback and exits with status 2.
     """
+
+
+class Stop(Exception):
+    """A run that ends before its last step through no mistake in it: a message, and the exit status it ends with."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -30,15 +45,21 @@ def one_of(field: str, value: str, known: Iterable[str]) -> str:
 
 
 def exit_on_user_error(main: Callable[[], None], show_traceback: bool = False) -> None:
-    """Runs `main`; a UserError becomes a short message on stderr and exit status 2."""
+    """Runs `main`; a UserError becomes a short message on stderr and exit status 2, a Stop one and its own status."""
     try:
         main()
+    except Stop as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.status)
     except UserError as error:
         if show_traceback:
             raise
-        sys.exit(_report(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
-def _report(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
+def exit_at_once(status: int) -> None:
+    """Ends the process without the farewells of libraries, which would wait for other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,19 +36,20 @@ class Validation:
     def __init__(
         self, model: ModelConfig, spec: str, seq_len: int, batch_size: int, batches: int, mesh: Mesh, block_tokens: int
     ):
-        index, count = sharding.host_share(mesh)
         self._mesh, self._batch_size, self._batches = mesh, batch_size, None if batches == -1 else batches
-        self._data = loader.Loader(spec, "validation", seq_len, 0, index, count)
+        self._data = loader.Loader(spec, "validation", seq_len, 0, *sharding.host_share(mesh))
         self._info = loader.info(spec, "validation")
         self._step = jax.jit(make_eval_step(model, block_tokens))
 
-    def __call__(self, params) -> dict[str, float]:
-        """{"val_loss": nats per token, "val_perplexity", "val_bits_per_byte"}.
+    def __call__(self, params, stop: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """{"val_loss": nats per token, "val_perplexity", "val_bits_per_byte"}; None if `stop` said so on the way.
 
         Bits per byte takes the bytes per token of the whole split.
         """
         sums = []
         for batch in self._data.eval_batches(self._batch_size, self._batches):
+            if stop():
+                return None
             sums.append(self._step(params, sharding.put_batch(batch, self._mesh)))
         loss, count = (float(sum(x)) for x in zip(*jax.device_get(sums), strict=True))
         nats = loss / count

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,9 +14,14 @@ import jax
 import rich.console
 import rich.progress
 import rich.text
-from tensorboardX import SummaryWriter
+from etils import epath
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from lmboost.errors import UserError
+from lmboost.logdir import Appender
 
 FILE = "metrics.jsonl"
 Sums = Mapping[str, tuple[Any, Any]]  # name -> (sum, count)
@@ -32,13 +39,13 @@ def merge(a: Sums, b: Sums) -> dict[str, tuple[Any, Any]]:
 
 
 class Writers:
-    """Writes a run's numbers: one strict JSON object per line to WORKDIR/metrics.jsonl, and TensorBoard files.
+    """Writes a run's numbers: one strict JSON object per line to DIRECTORY/metrics.jsonl, and TensorBoard files.
 
-    Of several processes only the first one writes.
+    Of several processes only the first one writes. A disk that fills up later does not end the run, see `Appender`.
 
     Args:
-      workdir: the run's directory; made if it is missing.
-      tensorboard: whether to write WORKDIR/tensorboard.
+      directory: a local one, `LogDir.path` of the run; made if it is missing.
+      tensorboard: whether to write DIRECTORY/tensorboard.
       resume_step: the step that the run goes on from. Lines of later steps are dropped (they are about to be
         computed again), as is a last line that a kill left half written; 0 starts afresh and drops all.
 
@@ -47,47 +54,35 @@ class Writers:
         cannot be written to.
     """
 
-    def __init__(self, workdir: str, tensorboard: bool = True, resume_step: int = 0):
-        self._file = self._tensorboard = None
+    def __init__(self, directory: str, tensorboard: bool = True, resume_step: int = 0):
+        self._lines = self._events = None
         if jax.process_index():
             return
-        if "://" in workdir:
-            raise UserError(
-                f"--workdir={workdir}: {FILE} is appended to line by line, which object stores cannot do. "
-                "Give a local directory, or mount the bucket (gcsfuse)."
-            )
-        path = os.path.join(workdir, FILE)
+        path = os.path.join(directory, FILE)
         try:
-            os.makedirs(workdir, exist_ok=True)
+            os.makedirs(directory, exist_ok=True)
             _keep_lines(path, resume_step)
-            self._file = open(path, "a", encoding="utf-8")
+            self._lines = Appender(path)
+            if tensorboard:
+                self._events = _Events(path := os.path.join(directory, "tensorboard"), resume_step)
         except OSError as error:
-            raise UserError(f"--workdir={workdir}: {path} cannot be written ({error.strerror}).") from error
-        if tensorboard:
-            self._tensorboard = SummaryWriter(
-                os.path.join(workdir, "tensorboard"),
-                purge_step=resume_step + 1 if resume_step else 0,
-                filename_suffix=f".{time.time_ns()}",  # files are named by the second: a quick restart would overwrite
-                flush_secs=30,
-            )
+            raise UserError(f"--workdir={directory}: {path} cannot be written ({error.strerror}).") from error
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes the numbers of one step; None, NaN and infinities become null in the JSON line."""
         values = {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}  # numpy and jax scalars
-        if self._file:
-            self._file.write(json.dumps({"step": int(step)} | _strict(values), allow_nan=False) + "\n")
-            self._file.flush()
-        if self._tensorboard:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._tensorboard.add_scalar(name, value, int(step))
+        if self._lines:
+            line = json.dumps({"step": int(step)} | _strict(values), allow_nan=False)
+            self._lines.append(line.encode() + b"\n")
+        if self._events:
+            self._events.write(int(step), {k: v for k, v in values.items() if isinstance(v, int | float)})
 
     def close(self) -> None:
-        """Flushes and closes the files."""
-        for writer in (self._file, self._tensorboard):
+        """Closes the files."""
+        for writer in (self._lines, self._events):
             if writer:
                 writer.close()
-        self._file = self._tensorboard = None
+        self._lines = self._events = None
 
     def __enter__(self):
         return self
@@ -96,13 +91,43 @@ class Writers:
         self.close()
 
 
+class _Events:
+    """A file of TensorBoard's, with the numbers of a step in one record.
+
+    tensorboardX's own writer is left out: its thread dies on a full disk, and its callers then wait for ever.
+    """
+
+    def __init__(self, directory: str, resume_step: int):
+        os.makedirs(directory, exist_ok=True)
+        now = time.time_ns()  # named by the second alone, a quick restart would go on in the same file
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+        self._file = Appender(os.path.join(directory, name))
+        self._append(Event(file_version="brain.Event:2"))
+        purge = resume_step + 1 if resume_step else 0  # from this step on, TensorBoard hides what earlier files hold
+        self._append(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = [number for k, v in values.items() for number in summary.scalar(k, v).value]
+        self._append(Event(step=step, summary=Summary(value=numbers)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, event: Event) -> None:
+        """A record is length, checksum, bytes, checksum."""
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        head = struct.pack("<Q", len(data))
+        self._file.append(head + struct.pack("<I", masked_crc32c(head)) + data + struct.pack("<I", masked_crc32c(data)))
+
+
 def read(workdir: str) -> Iterator[dict[str, Any]]:
-    """The lines of WORKDIR/metrics.jsonl in order; a last line that is half written is left out.
+    """The lines of WORKDIR/metrics.jsonl in order; a last line that is half written is left out. Reads gs://, too.
 
     Raises a UserError naming the line where another one is not a JSON object with a step.
     """
-    path = os.path.join(workdir, FILE)
-    with open(path, "rb") as file:
+    path = epath.Path(workdir) / FILE
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 values = json.loads(line)

@@ -5,11 +5,13 @@ the batch are spread over data and fsdp; parameters over fsdp (their model-width
 MLP width, vocabulary).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -69,10 +71,23 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh (data, fsdp, tensor) over `devices` (all of them by default); sizes as in `mesh_sizes`."""
+    """The mesh (data, fsdp, tensor) over `devices` (all of them by default); sizes as in `mesh_sizes`.
+
+    Of several TPU slices, each holds a run of the data axis: only the reduction of gradients leaves a slice.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if sizes[0] % slices:
+        raise UserError(
+            f"mesh.data={sizes[0]} is not a multiple of the {slices} slices: the network between slices is for the "
+            "data axis alone. Choose mesh.fsdp and mesh.tensor so that their product fits into one slice."
+        )
+    inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:
@@ -164,29 +179,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def host_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process reads the index-th of `count` equal runs of a batch's rows.
+@functools.lru_cache
+def host_share(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """(shards, count): of the `count` equal runs of a batch's rows, this process reads those with these numbers.
 
-    Processes whose devices hold the same rows (a tensor axis across hosts) have the same index.
+    They need not be neighbours, as the compiler may lay a mesh over a torus in any order. Processes whose devices
+    hold the same rows (a tensor axis across hosts) read the same ones.
     """
-    shards = batch_shards(mesh)
-    places = batch_sharding(mesh).addressable_devices_indices_map((shards, 1)).values()
-    rows = sorted({rows.start or 0 for rows, _ in places})
-    if rows != list(range(rows[0], rows[0] + len(rows))) or shards % len(rows) or rows[0] % len(rows):
-        raise UserError(
-            f"process {jax.process_index()} holds rows {rows} of {shards}, which are no equal run of neighbours: "
-            "choose mesh sizes whose data * fsdp is a multiple of the number of processes."
-        )
-    return rows[0] // len(rows), shards // len(rows)
+    count = batch_shards(mesh)
+    places = batch_sharding(mesh).addressable_devices_indices_map((count, 1)).values()
+    return tuple(sorted({rows.start or 0 for rows, _ in places})), count
 
 
 def put_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows, as its part of the global batch."""
-    return {k: jax.make_array_from_process_local_data(batch_sharding(mesh), x) for k, x in local.items()}
+    """This process's rows, those of `host_share` in ascending order, as its part of the global batch."""
+    shards, count = host_share(mesh)
+
+    def put(x):
+        rows = len(x) // len(shards)
+
+        def part(index):
+            place = shards.index((index[0].start or 0) // rows)
+            return x[place * rows : (place + 1) * rows]
+
+        return jax.make_array_from_callback((rows * count, *x.shape[1:]), batch_sharding(mesh), part)
+
+    return {name: put(x) for name, x in local.items()}
 
 
 def put_rows(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Rows [B, ...] that every process has in full, as a global batch; B is a multiple of `batch_shards`."""
-    index, count = host_share(mesh)
-    local = {k: x[index * len(x) // count : (index + 1) * len(x) // count] for k, x in rows.items()}
-    return put_batch(local, mesh)
+    return {
+        name: jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index, x=x: x[index])
+        for name, x in rows.items()
+    }

@@ -4,19 +4,27 @@
 
   --config=FILE[:VARIANT]   the recipe
   --config.a.b=VALUE        overrides one field of it (lmboost/config.py lists all of them)
-  --workdir=DIR             where the run writes; the same command in the same workdir goes on where it stopped
+  --workdir=DIR             where the run writes, local or gs://bucket/path; the same command in the same workdir goes
+                            on where it stopped, on as many hosts and devices as there are now
   --traceback               shows the traceback of a user error
 
-A user error ends with one message and exit status 2.
+Of several processes, each is started with the same command, and (but for TPU pods) with
+
+  --coordinator=HOST:PORT --num_processes=N --process_id=I    where the first one listens, and which one this is
+  --multihost               instead of these: jax finds the cluster (TPU VMs, GKE, Slurm, Open MPI)
+  --start_timeout=300       seconds that they wait for one another at the start
+  --heartbeat_timeout=100   seconds without a sign of life after which one is taken for dead
+
+Exit status: 0 finished; 2 a user error, with one message; 75 asked to stop by SIGTERM, saved; 76 hung, with the stacks
+of all threads; anything else a crash. Launchers start the same command again unless it is 0 or 2.
 """
 
 import contextlib
 import functools
 import json
 import logging
-import os
 import sys
-import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -25,81 +33,137 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, flops, metrics, optimizers, plan, sharding, start
+from lmboost import checkpoint, config, distributed, evaluate, goodput, guard, optimizers, plan, sharding, start
+from lmboost.checkpointer import Checkpointer
 from lmboost.data import loader, tokenizer
-from lmboost.errors import UserError, exit_on_user_error
+from lmboost.distributed import say
+from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error
+from lmboost.logdir import LogDir, find
 from lmboost.models import transformer
+from lmboost.run_log import RunLog
 from lmboost.train_step import TrainState, init_params, init_state, make_train_step
-
-# Fields that every training line of metrics.jsonl has, null where there is no such number.
-FIELDS = ("loss", "ce", "kd", "align", "kept_fraction", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
 
 
 def train(c: ConfigDict, workdir: str) -> TrainState:
-    """Runs the config to its end, from wherever the workdir stands; returns the last state."""
-    say = functools.partial(print, flush=True) if jax.process_index() == 0 else lambda *_: None
+    """Runs the config to its end, from wherever the workdir stands; returns the last state.
 
+    Raises a Stop if it is asked to stop before, and a UserError on what the user can mend.
+    """
     # ------------------------------------------------------------------ what is asked for, checked
-    run = plan.make(c, workdir, jax.default_backend(), jax.device_count())
+    with distributed.together("reading the config"):
+        run = plan.make(c, workdir, jax.default_backend(), jax.device_count())
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     say(f"student: {run.student.num_params():,} parameters, mesh {dict(mesh.shape)}")
 
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
+        keep = lambda thing: closing.callback(thing.close) and thing  # noqa: E731
         # -------------------------------------------------------------- data
-        shard_index, shard_count = sharding.host_share(mesh)
-        data = loader.Loader(c.data.train, "train", c.seq_len, c.seed, shard_index, shard_count, c.data.workers)
-        validate = evaluate.Validation(
-            run.student, c.data.validation or c.data.train, c.seq_len, c.batch_size, c.eval.batches, mesh,
-            c.objective.block_tokens,
-        )  # fmt: skip
-        tasks = _tasks(run, mesh) if c.eval.tasks else None
+        with distributed.together("opening the data and the workdir"):
+            data = loader.Loader(
+                c.data.train, "train", c.seq_len, c.seed, *sharding.host_share(mesh), workers=c.data.workers
+            )
+            validate = evaluate.Validation(
+                run.student, c.data.validation or c.data.train, c.seq_len, c.batch_size, c.eval.batches, mesh,
+                c.objective.block_tokens,
+            )  # fmt: skip
+            tasks = _tasks(run, mesh) if c.eval.tasks else None
+            keep(guard.Lock(workdir))
+            log_dir = keep(LogDir(workdir))
+        clock = goodput.Clock(log_dir.path, started=_started())
+        watch = keep(guard.Watchdog(c.watchdog.seconds))
+        preempted = keep(guard.Preemption())
 
         # -------------------------------------------------------------- state and helpers
-        teacher = run.teacher.model if run.teacher else None
-        shapes = jax.eval_shape(lambda: init_params(run.student, run.objective, c.seed, teacher))
-        tx, learning_rate = optimizers.make_optimizer(c.optimizer, c.steps, shapes)
-        checkpointer = checkpoint.Checkpointer(workdir, c.checkpoint.keep, c.checkpoint.keep_every)
-        closing.callback(checkpointer.close)
-        state, start = _start(run, mesh, tx, checkpointer, say)
-        if start >= c.steps:
-            say(f"the run in {workdir} is finished: {c.steps} steps")
-            return state
-        helpers = _load_helpers(run, start, mesh, say)
-        manifest = _write_manifest(run, helpers, workdir)
-        log = _Log(run, workdir, start)
-        closing.callback(log.close)
+        with clock.measure("restore"):
+            tx, learning_rate = optimizers.make_optimizer(c.optimizer, c.steps, _shapes(run))
+            checkpointer = closing.enter_context(Checkpointer(workdir, c.checkpoint, mesh))
+            state, start, evaluated = _start(run, mesh, tx, checkpointer)
+            if start >= c.steps:
+                say(f"the run in {workdir} is finished: {c.steps} steps")
+                return state
+            helpers = _load_helpers(run, start, mesh)
+            manifest = _write_manifest(run, helpers, workdir)
+        clock.begin(start)
+        log = keep(RunLog(run, log_dir, clock, start))
+
+        def evaluate_at(done: int) -> bool:
+            """Validates, if it is due after so many steps; False if it was broken off to stop."""
+            if done != c.steps and not (c.eval.every and done % c.eval.every == 0):
+                return True
+            log.pause()
+            with clock.measure("evaluate"):
+                values = validate(state.params["model"], preempted.told if done < c.steps else lambda: False)
+            if values is not None:
+                log.validation(done, values)
+            return values is not None
 
         # -------------------------------------------------------------- the loop
-        batches = data.batches(run.rows, start, c.steps)
-        closing.callback(batches.close)
+        batches = keep(data.batches(run.rows, start, c.steps))
         step_fn = None
+        evaluated = evaluated or evaluate_at(start)
         for step in range(start, c.steps):
+            if preempted.reached(step):
+                with clock.measure("save"):
+                    _stop(checkpointer, state, step, start, evaluated, run, manifest, log)
             helps = run.helps(step)
-            if step_fn is None or helps != run.helps(step - 1):
+            fresh = step_fn is None or helps != run.helps(step - 1)
+            if fresh:
                 log.pause()
                 helpers = {k: v for k, v in helpers.items() if k in _helpers_needed(run, step)}
                 step_fn = _compile(run, tx, learning_rate, helps, state)
                 say(f"step {step}: training {'with ' + ', '.join(sorted(helps)) if helps else 'alone'}")
             log.profile(step)
-            batch = sharding.put_batch(next(batches), mesh)
-            state, step_metrics = step_fn(state, helpers, batch)
+            watch.beat(f"waiting for the data of step {step}")
+            with clock.measure("data", busy=lambda: log.busy):
+                batch = sharding.put_batch(next(batches), mesh)
+            watch.beat(f"working on step {step}")
+            with clock.measure("compile" if fresh else "step"):
+                state, step_metrics = step_fn(state, helpers, batch)
             log.step(step, step_metrics)
             done = step + 1
-            if done == c.steps or (c.eval.every and done % c.eval.every == 0):
-                log.validation(done, validate(state.params["model"]))
+            watch.beat(f"evaluating after step {done}")
+            evaluated = evaluate_at(done)
+            watch.beat(f"saving step {done}")
+            if done < c.steps and checkpointer.due(done):
                 log.pause()
-            if done == c.steps or done % c.checkpoint.every == 0:
+                with clock.measure("save"):
+                    checkpointer.save(state, done, run.position(done) | {"evaluated": evaluated}, manifest)
+                log.saved(done)
+            if tasks and done < c.steps and c.eval.tasks_every and done % c.eval.tasks_every == 0:
                 log.pause()
-                checkpointer.save(state, done, run.position(done), manifest)
-            if tasks and (done == c.steps or (c.eval.tasks_every and done % c.eval.tasks_every == 0)):
-                log.validation(done, tasks(state.params["model"]))
-                log.pause()
+                with clock.measure("evaluate"), watch.patient():
+                    log.validation(done, tasks(state.params["model"]))
 
         # -------------------------------------------------------------- the end
         log.flush()
-        checkpointer.wait()
+        with clock.measure("save"):
+            checkpointer.finish(state, c.steps, run.position(c.steps) | {"evaluated": True}, manifest)
+        if tasks:
+            with clock.measure("evaluate"), watch.patient():
+                log.validation(c.steps, tasks(state.params["model"]))
+        log.saved(c.steps)
     say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
     return state
+
+
+@functools.cache
+def _started() -> float:
+    """When this process began; a second run in it has begun now."""
+    return goodput.process_start()
+
+
+def _stop(checkpointer, state, done: int, start: int, evaluated: bool, run: plan.Plan, manifest, log) -> None:
+    """Saves what was trained since the start, and raises the Stop that ends the process."""
+    log.flush()
+    if done > start:
+        checkpointer.finish(state, done, run.position(done) | {"evaluated": evaluated}, manifest)
+    log.saved(done)
+    steps = checkpointer.finished_steps()
+    raise Stop(
+        f"stopped before step {done} as asked; {f'saved: step {steps[-1]}' if steps else 'nothing to save yet'}. "
+        "The same command goes on from there.",
+        EXIT_PREEMPTED,
+    )
 
 
 def _tasks(run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
@@ -113,26 +177,37 @@ def _tasks(run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
     return harness.in_training(lm, harness.names_of(c.eval.tasks), c.eval.tasks_include)
 
 
-def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer, say) -> tuple[TrainState, int]:
-    """The state to go on from and its step: own checkpoint, else resume.from, else init.from, else random."""
+def _shapes(run: plan.Plan) -> Any:
+    teacher = run.teacher.model if run.teacher else None
+    return jax.eval_shape(lambda: init_params(run.student, run.objective, run.config.seed, teacher))
+
+
+def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer) -> tuple[TrainState, int, bool]:
+    """The state to go on from, its step, and whether it was evaluated.
+
+    That of the run's own newest whole checkpoint, else resume.from, else init.from, else random.
+    """
     c = run.config
     fresh = functools.partial(_fresh_state, run, tx)
     like = jax.eval_shape(fresh)
     shardings = sharding.tree_sharding(like, mesh)
-    own, resume, init = checkpointer.latest_step, c.resume["from"], c.init["from"]
-    if own is not None or resume:
-        directory = (
-            checkpointer.directory / str(own) if own is not None else checkpoint.find(resume, field="resume.from")
-        )
+    resume, init = c.resume["from"], c.init["from"]
+    found, origin = checkpointer.restore(like, shardings), "own checkpoint"
+    if not found and resume:
+        directory, origin = checkpoint.find(resume, field="resume.from"), "resume.from"
         state, position = checkpoint.restore_state(directory, like, shardings)
-        step = position["step"]
+        checkpoint.check_fingerprints(directory, state, position)
+        found = state, position, position["step"]
+    if found:
+        state, position, step = found
+        evaluated = position.pop("evaluated", True)
         if position != run.position(step):
             raise UserError(
-                f"{directory} stands at data position {position}, but this config is at {run.position(step)} there: "
-                "the rows that follow would not be the ones that have not been seen."
+                f"the {origin} of step {step} stands at data position {position}, but this config is at "
+                f"{run.position(step)} there: the rows that follow would not be the ones that have not been seen."
             )
-        say(f"start: {'own checkpoint' if own is not None else 'resume.from'}, step {step} ({directory})")
-        return state, step
+        say(f"start: {origin}, step {step}")
+        return state, step, evaluated
     state = jax.jit(fresh, out_shardings=shardings)()
     if init:
         params, remarks = start.from_init(run, state.params["model"], mesh)
@@ -142,7 +217,7 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: checkpoint.Checkpointer
         say(f"start: init.from {checkpoint.find(init, c.init.step, 'init.from')}, step 0")
     else:
         say(f"start: random parameters, seed {c.seed}, step 0")
-    return state, 0
+    return state, 0, True
 
 
 def _fresh_state(run: plan.Plan, tx) -> TrainState:
@@ -156,7 +231,7 @@ def _helpers_needed(run: plan.Plan, step: int) -> set[str]:
     return ({"teacher"} if later & {"kd", "align"} else set()) | ({"scorer"} if "select" in later else set())
 
 
-def _load_helpers(run: plan.Plan, step: int, mesh: Mesh, say) -> dict[str, Any]:
+def _load_helpers(run: plan.Plan, step: int, mesh: Mesh) -> dict[str, Any]:
     """Parameters of teacher and scorer, in their own dtype, spread over the mesh. One copy if they are one model."""
     loaded, dtype = {}, run.config.teacher.dtype
     for name in sorted(_helpers_needed(run, step)):
@@ -180,7 +255,7 @@ def _load_helpers(run: plan.Plan, step: int, mesh: Mesh, say) -> dict[str, Any]:
 
 def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> dict[str, Any]:
     """Writes WORKDIR/manifest.json, with the fingerprints of the helpers; they must be those of an earlier start."""
-    manifest, path = dict(run.manifest), os.path.join(workdir, "manifest.json")
+    manifest, path = dict(run.manifest), find(workdir) / "manifest.json"
     old = plan.read_manifest(workdir) or {}
     for name, params in helpers.items():
         mark = checkpoint.fingerprint(params)
@@ -194,10 +269,10 @@ def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> di
     for name in ("teacher", "scorer"):  # not needed any more, and not loaded
         manifest[name] = manifest[name] if name in helpers else old.get(name) or manifest[name]
     if jax.process_index() == 0:
-        partial = path + ".tmp"
-        with open(partial, "w") as file:
-            json.dump(manifest, file, indent=1)
-        os.replace(partial, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        partial.write_text(json.dumps(manifest, indent=1))
+        partial.replace(path)
     return manifest
 
 
@@ -208,85 +283,6 @@ def _compile(run: plan.Plan, tx, learning_rate, helps: frozenset[str], state: Tr
         run.teacher.model if run.teacher else None, run.scorer.model if run.scorer else None, run.config.accumulation,
     )  # fmt: skip
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
-
-
-class _Log:
-    """Numbers of a run: console, metrics.jsonl, TensorBoard, profiler.
-
-    A step's metrics are fetched while the next step runs, so that the device never waits for the host.
-    """
-
-    def __init__(self, run: plan.Plan, workdir: str, start: int):
-        self._run, self._start, self._workdir = run, start, workdir
-        self._writers = metrics.Writers(workdir, run.config.log.tensorboard, start)
-        self._progress = metrics.Progress(run.config.steps, start)
-        self._pending = None
-        self._clock = None  # (step, time) when the last logged step was done
-        self._profiling = False
-
-    def step(self, step: int, step_metrics: metrics.Sums) -> None:
-        """Takes the metrics of `step`, which may still be running, and writes those of the step before."""
-        self.flush()
-        every, done = self._run.config.log.every, step + 1
-        if done % every == 0 or done in (self._start + 1, self._run.config.steps):
-            self._pending = (done, step_metrics)
-
-    def flush(self) -> None:
-        """Writes what is pending; waits for its step."""
-        if self._pending is None:
-            return
-        (done, sums), self._pending = self._pending, None
-        values = metrics.mean(jax.device_get(sums))
-        c, now = self._run.config, time.monotonic()
-        if self._clock:
-            steps, seconds = done - self._clock[0], now - self._clock[1]
-            values["tokens_per_second"] = steps * c.batch_size * c.seq_len / seconds
-            rate = (self._run.flops(done) - self._run.flops(done - steps)) / seconds
-            values["mfu"] = flops.mfu(rate, jax.devices()[0].device_kind, jax.device_count())
-        self._clock = (done, now)
-        self._writers.write(done, {n: values.get(n) for n in FIELDS} | self._progressed(done) | values)
-        self._progress.update(done, values)
-        if values["skipped_in_a_row"] >= c.max_nonfinite:
-            raise UserError(
-                f"step {done}: the loss or its gradient was not finite in {values['skipped_in_a_row']:.0f} steps in a "
-                f"row (max_nonfinite={c.max_nonfinite}); those steps were skipped and the parameters are as before "
-                "them. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or set optimizer.clip_norm."
-            )
-
-    def validation(self, done: int, values: dict[str, float]) -> None:
-        """Writes the numbers of an evaluation after `done` steps."""
-        self.flush()
-        self._writers.write(done, self._progressed(done) | values)
-        self._progress.evaluation(done, values)
-
-    def profile(self, step: int) -> None:
-        """Starts and ends the profiler trace that the config asks for."""
-        first, length = self._run.config.log.profile_from, self._run.config.log.profile_steps
-        if step == first:
-            jax.profiler.start_trace(os.path.join(self._workdir, "profile"))
-            self._profiling = True
-        elif self._profiling and step >= first + length:
-            self._end_profile()
-
-    def pause(self) -> None:
-        """Leaves the time until the next logged step out of tokens per second: evaluation, saving, compiling."""
-        self.flush()
-        self._clock = None
-
-    def close(self) -> None:
-        """Closes the files; what is still pending is not waited for."""
-        self._end_profile()
-        self._progress.close()
-        self._writers.close()
-
-    def _end_profile(self) -> None:
-        if self._profiling:
-            jax.profiler.stop_trace()
-        self._profiling = False
-
-    def _progressed(self, done: int) -> dict[str, float]:
-        c = self._run.config
-        return {"tokens": done * c.batch_size * c.seq_len, "flops": self._run.flops(done)}
 
 
 def _quiet_libraries() -> None:
@@ -303,7 +299,19 @@ def _quiet_libraries() -> None:
 def main(argv: list[str]) -> None:
     if "--traceback" not in argv:
         _quiet_libraries()
-    train(*config.load([a for a in argv if a != "--traceback"]))
+    cluster, rest = distributed.parse([a for a in argv if a != "--traceback"])
+    c, workdir = config.load(rest)
+    distributed.start(cluster)
+    if jax.process_count() == 1:
+        train(c, workdir)
+        return
+    try:
+        exit_on_user_error(lambda: train(c, workdir), show_traceback="--traceback" in argv)
+    except SystemExit as end:  # jax would wait for the others, which may be waiting for this one
+        exit_at_once(end.code)
+    except BaseException:
+        traceback.print_exc()
+        exit_at_once(1)
 
 
 if __name__ == "__main__":

@@ -240,20 +240,20 @@ class _FetchBatch(grain.transforms.Map):
     rows: grain.MapDataset
     schedule: Callable[[int], tuple[int, int]]
     seq_len: int
-    process_index: int
-    process_count: int
+    shards: tuple[int, ...]
+    shard_count: int
 
     def map(self, step: int) -> Batch:
         first, count = self.schedule(int(step))
-        if first < 0 or count < 1 or count % self.process_count:
+        if first < 0 or count < 1 or count % self.shard_count:
             raise UserError(
-                f"step {step} asks for rows {first} to {first + count} on {self.process_count} hosts: "
-                f"expected a positive number of rows that the hosts divide evenly."
+                f"step {step} asks for rows {first} to {first + count} in {self.shard_count} shards: "
+                f"expected a positive number of rows that the shards divide evenly."
             )
-        share = count // self.process_count
-        first += share * self.process_index
-        there = range(first, min(first + share, len(self.rows)))
-        return batch_of([self.rows[i] for i in there], share, self.seq_len)
+        size = count // self.shard_count
+        share = [first + shard * size + i for shard in self.shards for i in range(size)]
+        there = [row for row in share if row < len(self.rows)]
+        return batch_of([self.rows[row] for row in there], len(share), self.seq_len)
 
 
 class Loader:
@@ -264,7 +264,8 @@ class Loader:
       split: "train" or "validation".
       seq_len: tokens per row, T; must divide the record length of every data set.
       seed: of the order of the training rows.
-      process_index, process_count: this host among the hosts that share each batch.
+      shards, shard_count: a batch's rows are that many equal runs, and this host reads those with these numbers,
+        in ascending order.
       workers: processes that read ahead; 0 reads in this process.
       threads: threads per process that read ahead; 0 reads when asked.
 
@@ -278,19 +279,21 @@ class Loader:
         split: str,
         seq_len: int,
         seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        shards: Sequence[int] = (0,),
+        shard_count: int = 1,
         workers: int = 0,
         threads: int = 4,
     ):
-        if not 0 <= process_index < process_count:
-            raise UserError(f"process_index={process_index}: expected 0 to process_count - 1 = {process_count - 1}.")
+        if not shards or list(shards) != sorted(set(shards)) or not 0 <= shards[0] <= shards[-1] < shard_count:
+            raise UserError(
+                f"shards={shards}: expected ascending numbers from 0 to shard_count - 1 = {shard_count - 1}."
+            )
         for name, value in (("workers", workers), ("threads", threads)):
             if value < 0:
                 raise UserError(f"{name}={value}: expected 0 or more.")
         self.info = info(spec, split)
         self.seq_len = seq_len
-        self._hosts = (process_index, process_count)
+        self._shards = (tuple(shards), shard_count)
         self._workers, self._threads = workers, threads
         self.rows = make_rows(spec, split, seq_len, seed)
         self.rows_in_order = make_rows(spec, split, seq_len, None)
@@ -322,8 +325,8 @@ class Loader:
 
         Every row comes once; the last batch is padded with rows of zero weight.
         """
-        if batch_size < 1 or batch_size % self._hosts[1]:
-            raise UserError(f"batch_size={batch_size}: expected a positive multiple of the {self._hosts[1]} hosts.")
+        if batch_size < 1 or batch_size % self._shards[1]:
+            raise UserError(f"batch_size={batch_size}: expected a positive multiple of the {self._shards[1]} shards.")
         stop = -(-len(self.rows_in_order) // batch_size)
         if num_batches is not None:
             stop = min(stop, num_batches)
@@ -332,7 +335,7 @@ class Loader:
     def _iterate(self, rows: grain.MapDataset, schedule: Callable, start: int, stop: int) -> Iterator[Batch]:
         if start >= stop:
             return
-        fetch = _FetchBatch(rows, schedule, self.seq_len, *self._hosts)
+        fetch = _FetchBatch(rows, schedule, self.seq_len, *self._shards)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
         dataset = grain.MapDataset.range(start, stop).map(fetch).to_iter_dataset(options)
         if self._workers:

@@ -86,8 +86,7 @@ def read_rows(spec: str, seq_len: int, count: int, mesh: jax.sharding.Mesh) -> l
             f"search.rows={count} must be a multiple of {at_once}: that many rows are computed at once, and each of "
             f"the {shards} parts of the mesh takes equally many."
         )
-    index, hosts = sharding.host_share(mesh)
-    data = loader.Loader(spec, "validation", seq_len, 0, index, hosts)
+    data = loader.Loader(spec, "validation", seq_len, 0, *sharding.host_share(mesh))
     if len(data.rows_in_order) < count:
         raise UserError(
             f"search.rows={count}, but the validation split of {spec!r} has {len(data.rows_in_order)} rows of "

@@ -115,19 +115,26 @@ def test_text_comes_back(prepared, texts):
     assert whole > 5
 
 
-@pytest.mark.parametrize("process_count", [2, 4])
-def test_hosts_share_the_global_batch(prepared, second, process_count):
+@pytest.mark.parametrize("hosts", [[(0,), (1,)], [(0, 1), (2, 3)], [(0, 3), (1, 2)], [(2,), (0,), (1,), (3,)]])
+def test_hosts_share_the_global_batch(prepared, second, hosts):
+    """Each reads its runs of rows, which need not be neighbours."""
+    count = sum(map(len, hosts))
+
+    def assemble(parts):
+        for part in parts:
+            pieces = {
+                shard: {name: np.split(p[name], len(shards))[i] for name in KEYS}
+                for p, shards in zip(part, hosts, strict=True)
+                for i, shard in enumerate(shards)
+            }
+            yield {name: np.concatenate([pieces[shard][name] for shard in range(count)]) for name in KEYS}
+
     for spec in (str(prepared), f"{prepared}=0.7,{second}=0.3"):
         whole = list(loader_lib.Loader(spec, "train", 64, seed=3).batches(growing, 0, 6))
-        shares = [
-            loader_lib.Loader(spec, "train", 64, seed=3, process_index=i, process_count=process_count)
-            for i in range(process_count)
-        ]
-        parts = zip(*(share.batches(growing, 0, 6) for share in shares), strict=True)
-        assert_equal(whole, ({name: np.concatenate([p[name] for p in part]) for name in KEYS} for part in parts))
-        parts = zip(*(share.eval_batches(8) for share in shares), strict=True)
+        shares = [loader_lib.Loader(spec, "train", 64, 3, shards, count) for shards in hosts]
+        assert_equal(whole, assemble(zip(*(share.batches(growing, 0, 6) for share in shares), strict=True)))
         whole = loader_lib.Loader(spec, "train", 64).eval_batches(8)
-        assert_equal(whole, ({name: np.concatenate([p[name] for p in part]) for name in KEYS} for part in parts))
+        assert_equal(whole, assemble(zip(*(share.eval_batches(8) for share in shares), strict=True)))
 
 
 def test_workers_and_threads_change_nothing(prepared):
@@ -208,15 +215,19 @@ def test_bad_specs_and_arguments(tmp_path, prepared, second):
         loader_lib.info(str(prepared), "valid")
     for arguments, message in [
         ({"seq_len": 100}, f"seq_len=100 does not divide the 256 tokens of a record of {prepared}"),
-        ({"process_index": 2, "process_count": 2}, "process_index=2: expected 0 to process_count - 1 = 1"),
+        (
+            {"shards": (2,), "shard_count": 2},
+            r"shards=\(2,\): expected ascending numbers from 0 to shard_count - 1 = 1",
+        ),
+        ({"shards": (1, 0), "shard_count": 2}, r"shards=\(1, 0\): expected ascending"),
         ({"workers": -1}, "workers=-1"),
     ]:
         with pytest.raises(UserError, match=message):
             loader_lib.Loader(str(prepared), "train", **{"seq_len": 64} | arguments)
-    loader = loader_lib.Loader(str(prepared), "train", 64, process_count=3)
-    with pytest.raises(UserError, match=r"step 0 asks for rows 0 to 8 on 3 hosts"):
+    loader = loader_lib.Loader(str(prepared), "train", 64, shard_count=3)
+    with pytest.raises(UserError, match=r"step 0 asks for rows 0 to 8 in 3 shards"):
         next(loader.batches(constant))
-    with pytest.raises(UserError, match=r"batch_size=8: expected a positive multiple of the 3 hosts"):
+    with pytest.raises(UserError, match=r"batch_size=8: expected a positive multiple of the 3 shards"):
         next(loader.eval_batches(8))
     with pytest.raises(UserError, match=r"start_step=3, stop_step=2"):
         loader.batches(constant, 3, 2)

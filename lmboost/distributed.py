@@ -1,0 +1,168 @@
+"""Several processes of one run: how they find one another, agree, and end together.
+
+On a TPU pod every process finds the others by itself. Elsewhere flags say where the first process listens:
+
+  --coordinator=HOST:PORT --num_processes=N --process_id=I
+  --multihost                let jax find the cluster: TPU VMs, GKE, Slurm, Open MPI
+  --start_timeout=300        seconds that processes wait for one another at the start
+  --heartbeat_timeout=100    seconds without a sign of life after which a process is taken for dead
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lmboost.errors import EXIT_USER_ERROR, Stop, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """What the command line says about the processes of a run; the names are those of the flags."""
+
+    coordinator: str = ""
+    num_processes: int = 0
+    process_id: int = -1
+    multihost: bool = False
+    start_timeout: int = 300
+    heartbeat_timeout: int = 100
+
+
+FLAGS = tuple(field.name for field in dataclasses.fields(Cluster))
+
+
+def parse(argv: Sequence[str]) -> tuple[Cluster, list[str]]:
+    """The cluster that the flags describe, and the other arguments. Raises a UserError on values that do not fit."""
+    values, rest = {}, []
+    kinds = {field.name: field.type for field in dataclasses.fields(Cluster)}
+    for argument in argv:
+        name, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in kinds:
+            rest.append(argument)
+        elif kinds[name] is bool:
+            if equals:
+                raise UserError(f"--{argument[2:]}: {name} takes no value.")
+            values[name] = True
+        else:
+            try:
+                values[name] = kinds[name](text)
+            except ValueError as error:
+                raise UserError(f"--{name}={text}: expected a whole number.") from error
+    return _check(Cluster(**values)), rest
+
+
+def _check(c: Cluster) -> Cluster:
+    for name in ("start_timeout", "heartbeat_timeout"):
+        if (value := getattr(c, name)) < 1:
+            raise UserError(f"--{name}={value}: expected at least 1 second.")
+    host, _, port = c.coordinator.rpartition(":")
+    if c.coordinator and not (host and port.isdigit()):
+        raise UserError(f"--coordinator={c.coordinator}: expected HOST:PORT of process 0, as in 10.0.0.2:8476.")
+    if c.coordinator and not c.multihost and not (c.num_processes >= 1 and 0 <= c.process_id < c.num_processes):
+        raise UserError(
+            f"--coordinator={c.coordinator} with --num_processes={c.num_processes} --process_id={c.process_id}: give "
+            "the number of processes, and this one's, from 0 to one less."
+        )
+    if not c.coordinator and (c.num_processes or c.process_id >= 0):
+        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, where process 0 listens.")
+    return c
+
+
+def start(c: Cluster) -> None:
+    """Makes this process one of its cluster, where it is in one. Before anything else asks jax for its devices.
+
+    Raises a Stop (status 1) where the others do not come within `start_timeout`.
+    """
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
+    if not (c.coordinator or c.multihost or pod):
+        return
+    # Processes on CPUs reduce over TCP. The flag has this value by default in some releases of jax, not in others.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            c.coordinator or None,
+            c.num_processes or None,
+            c.process_id if c.process_id >= 0 else None,
+            initialization_timeout=c.start_timeout,
+            heartbeat_timeout_seconds=c.heartbeat_timeout,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise Stop(
+            f"error: process {max(c.process_id, 0)} did not find the others "
+            f"({c.coordinator or 'cluster found by jax'}, within {c.start_timeout} s): "
+            f"{str(error).strip().splitlines()[0][:300]}. Is process 0 running, and its port open?",
+            1,
+        ) from error
+
+
+def say(message: str) -> None:
+    """Prints a line, of the first process alone."""
+    if jax.process_index() == 0:
+        print(message, flush=True)
+
+
+def warn(message: str) -> None:
+    """Prints a line to stderr that must not be overlooked; of every process, with its number."""
+    who = f"process {jax.process_index()}: " if jax.process_count() > 1 else ""
+    print(f"WARNING: {who}{message}", file=sys.stderr, flush=True)
+
+
+def all_true(value: bool) -> bool:
+    """Whether `value` is true in every process. All of them must ask."""
+    if jax.process_count() == 1:
+        return value
+    return bool(np.all(multihost_utils.process_allgather(np.array(value))))
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Runs a part of which each process does its own, without collectives; if one fails, all of them do.
+
+    The one that failed raises its error, the others a Stop that says so.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if jax.process_count() > 1:
+        own = 0 if error is None else EXIT_USER_ERROR if isinstance(error, UserError) else 1
+        statuses = np.ravel(multihost_utils.process_allgather(np.array(own)))
+        if error is None and statuses.any():
+            first = int(np.flatnonzero(statuses)[0])
+            raise Stop(f"error: process {first} failed in {what}; its own stderr says why.", int(statuses[first]))
+    if error is not None:
+        raise error
+
+
+class Wish:
+    """What some process wishes for, known to all of them one step later, at no wait.
+
+    A clock or a failed write is one process's own, but what follows from it must be done by all at the same step: the
+    largest of the processes' wishes is computed on the devices between two steps.
+    """
+
+    def __init__(self, mesh: Mesh):
+        self._alone = jax.process_count() == 1
+        self._pending = None
+        if not self._alone:
+            flat = Mesh(mesh.devices.reshape(-1), ("all",))
+            self._places = NamedSharding(flat, P("all"))
+            self._max = jax.jit(lambda wishes: wishes.max(), out_shardings=NamedSharding(flat, P()))
+
+    def exchange(self, wish: bool) -> bool:
+        """Takes this process's wish; returns whether any process wished when this was called the time before."""
+        if self._alone:
+            return wish
+        before = self._pending
+        local = np.array([wish], np.int32)
+        count = self._places.mesh.devices.size
+        self._pending = self._max(jax.make_array_from_callback((count,), self._places, lambda _: local))
+        return before is not None and bool(before)
