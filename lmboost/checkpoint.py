@@ -141,17 +141,21 @@ def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "floa
 def _restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -> Any:
     try:
         found = tree_metadata(directory, item)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # what damage shows as is up to Orbax and TensorStore
         raise _damaged(directory / item, error) from error
     _check_same(directory, found, like)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
     try:
         return ocp.StandardCheckpointHandler().restore(directory / item, args=ocp.args.StandardRestore(target))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (MemoryError, jax.errors.JaxRuntimeError):  # nothing is wrong with the files
+        raise
+    except Exception as error:
         raise _damaged(directory / item, error) from error
 
 
 def _damaged(path: epath.Path, error: Exception) -> Damaged:
+    while inner := error.__cause__ or error.__context__:  # the innermost says which file
+        error = inner
     cause = str(error).strip().split("\n")[0][:300]
     return Damaged(f"{path} cannot be read ({type(error).__name__}: {cause}): the checkpoint is damaged.")
 

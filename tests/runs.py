@@ -63,6 +63,27 @@ def command(recipe: str, workdir, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "lmboost.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
 
 
+def launch(
+    processes: int,
+    devices: int,
+    recipe: str,
+    workdir,
+    *overrides: str,
+    record: pathlib.Path | None = None,
+    own: tuple[str, ...] = (),
+) -> subprocess.Popen:
+    """launch/local.py in a process group of its own: the train verb in `processes` processes of so many devices.
+
+    record: where the batches that the devices are given are written down (tests/record.py). own: launcher's flags.
+    """  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RECORD": str(record)}
+    flags = [f"--processes={processes}", f"--devices={devices}", *own, *(["--module=tests.record"] if record else [])]
+    return subprocess.Popen(
+        [sys.executable, "launch/local.py", *flags, *command(recipe, workdir, *overrides)[3:]],
+        env=environment, cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
 def start(recipe: str, workdir, *overrides: str, file_limit_kb: int = 0) -> subprocess.Popen:
     """The train verb in a process of its own, in its own process group; no file may grow beyond the limit."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
