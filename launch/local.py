@@ -41,7 +41,9 @@ import sys
 import time
 from collections.abc import Callable
 
-USER_ERROR, PREEMPTED, HUNG = 2, 75, 76  # as in lmboost/errors.py, which need not be installed where this runs
+from flags import USER_ERROR, Parser, number, value_of
+
+PREEMPTED, HUNG = 75, 76  # as in lmboost/errors.py
 AT_ONCE = {PREEMPTED: "preempted", HUNG: "hung"}
 KILL_AFTER = 10.0  # seconds from SIGTERM to SIGKILL
 LONGEST_PAUSE = 60.0
@@ -63,21 +65,18 @@ def main(argv: list[str]) -> int:
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """(this launcher's options, the flags of training). A wrong option ends the program with status 2."""
-    parser = _Parser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--processes", type=_number(int, 1), default=2)
-    parser.add_argument("--devices", type=_number(int, 1))
+    parser = Parser()
+    parser.add_argument("--processes", type=number(int, 1), default=2)
+    parser.add_argument("--devices", type=number(int, 1))
     parser.add_argument("--gpus", action="store_true")
-    parser.add_argument("--port", type=_number(int, 0), default=0)
-    parser.add_argument("--max_crashes", type=_number(int, 1), default=3)
-    parser.add_argument("--restarts", type=_number(int, 0), default=float("inf"))
-    parser.add_argument("--grace", type=_number(float, 0), default=120.0)
-    parser.add_argument("--pause", type=_number(float, 0), default=1.0)
+    parser.add_argument("--port", type=number(int, 0), default=0)
+    parser.add_argument("--max_crashes", type=number(int, 1), default=3)
+    parser.add_argument("--restarts", type=number(int, 0), default=float("inf"))
+    parser.add_argument("--grace", type=number(float, 0), default=120.0)
+    parser.add_argument("--pause", type=number(float, 0), default=1.0)
     parser.add_argument("--module", default="lmboost.train")
     parser.add_argument("--dry-run", action="store_true")
-    known = {name for action in parser._actions for name in action.option_strings}
-    own = [a for a in argv if a.partition("=")[0] in known]
-    flags = [a for a in argv if a.partition("=")[0] not in known]
-    options = parser.parse_args(own)
+    options, flags = parser.split(argv)
     for flag in flags:
         if flag.partition("=")[0] in GIVEN_BY_US:
             parser.error(f"{flag}: the launcher gives this flag itself; leave it out")
@@ -89,25 +88,6 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
             "GPUs, and each process needs one"
         )
     return options, flags
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-
-
-def _number(kind: type, least: int):
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not value >= least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
-        return value
-
-    return convert
 
 
 def _visible_gpus(processes: int) -> list[str]:
@@ -141,7 +121,7 @@ def _free_port() -> int:
 
 def keep_running(options: argparse.Namespace, flags: list[str], signals: "Signals") -> int:
     """The restart rule."""
-    workdir = next((f.partition("=")[2] for f in reversed(flags) if f.startswith("--workdir=")), None)
+    workdir = value_of(flags, "workdir")
     best, crashes, restarts = newest_checkpoint(workdir), 0, 0
     while True:
         status = run_once(commands(options, flags), options.grace, signals)
@@ -210,21 +190,21 @@ class Signals:
         os.set_blocking(self._read, False)
         os.set_blocking(self._write, False)
         self._old = {signal.SIGCHLD: signal.signal(signal.SIGCHLD, lambda *_: None)}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGTERM:  # nohup ignores SIGHUP
-                self._old[number] = signal.signal(number, self._asked)
+        for which in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(which) != signal.SIG_IGN or which == signal.SIGTERM:  # nohup ignores SIGHUP
+                self._old[which] = signal.signal(which, self._asked)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_):
         signal.set_wakeup_fd(self._old_wakeup)
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        for which, handler in self._old.items():
+            signal.signal(which, handler)
         os.close(self._read)
         os.close(self._write)
 
-    def _asked(self, number: int, _) -> None:
-        self._interrupts += number == signal.SIGINT
+    def _asked(self, which: int, _) -> None:
+        self._interrupts += which == signal.SIGINT
         self.stop = True
         self.kill = self._interrupts >= 2
 
@@ -268,7 +248,7 @@ class Process:
             os.set_blocking(stream.fileno(), False)
 
     def forward(self, stream) -> bytes | None:
-        """Reads from a pipe and passes whole lines on; returns what it read, None if nothing has come, b"" at the end."""
+        """Reads from a pipe and passes whole lines on; what it read, None if nothing has come, b"" at the end."""
         try:
             data = os.read(stream.fileno(), 1 << 16)
         except BlockingIOError:

@@ -31,6 +31,7 @@ def base() -> ConfigDict:
 
     # Where the student starts. Order: own checkpoint in the workdir, resume.from, init.from, random.
     c.resume = ConfigDict({"from": ""})  # a run or checkpoint to go on from: parameters, optimizer, step, data
+    c.resume.step = -1  # of a run: which checkpoint; -1 is the last
     c.init = init = ConfigDict()
     init["from"] = ""  # a run, a checkpoint or hf:DIR whose parameters the student starts with
     init.step = -1  # of a run: which checkpoint; -1 is the last
@@ -125,6 +126,7 @@ def base() -> ConfigDict:
     c.data = data = ConfigDict()
     data.train = ""  # a directory written by lmboost.prepare, or a mixture "DIR1=0.7,DIR2=0.3"
     data.validation = ""  # likewise; empty is the validation split of `train`
+    data.skip = ""  # steps whose rows are left out after a loss spike: "1200-1399,2000", as numbered without this field
     data.workers = 0  # processes that read ahead; 0 reads in threads
 
     c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # sizes; -1 takes the devices that are left

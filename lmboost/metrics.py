@@ -7,7 +7,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -142,15 +142,37 @@ def read(workdir: str) -> Iterator[dict[str, Any]]:
                 )
 
 
+def take_over(directory: str, origin: epath.Path, step: int) -> None:
+    """Begins DIRECTORY/metrics.jsonl with what the run of another workdir wrote up to the step that is gone on from.
+
+    Nothing is done where the file exists, or where `origin`, the checkpoint, does not lie in a run that wrote one.
+
+    Raises a UserError where the old file cannot be read or the new one not be written.
+    """
+    path, run = os.path.join(directory, FILE), origin.parent.parent
+    known = origin.parent.name == "checkpoints" and (run / FILE).exists()
+    if jax.process_index() or os.path.exists(path) or not known:
+        return
+    try:
+        os.makedirs(directory, exist_ok=True)
+        _write_lines(path, (line for line in read(os.fspath(run)) if line["step"] <= step))
+    except OSError as error:
+        raise UserError(f"resume.from: {run / FILE} cannot be copied to {path} ({error.strerror or error}).") from error
+
+
 def _keep_lines(path: str, resume_step: int) -> None:
     """Drops the lines after `resume_step`, all of them if it is 0. The old file is whole until the new one is."""
     if not os.path.exists(path):
         return
+    lines = read(os.path.dirname(path)) if resume_step else ()
+    _write_lines(path, (line for line in lines if line["step"] <= resume_step))
+
+
+def _write_lines(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
     temporary = path + ".tmp"
     with open(temporary, "w", encoding="utf-8") as file:
-        for line in read(os.path.dirname(path)) if resume_step else ():
-            if line["step"] <= resume_step:
-                file.write(json.dumps(line) + "\n")
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

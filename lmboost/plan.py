@@ -19,6 +19,7 @@ from lmboost.errors import UserError, one_of
 from lmboost.models import attention
 from lmboost.models.transformer import ModelConfig
 from lmboost.objective import Distillation
+from lmboost.rows import Rows, parse_ranges
 from lmboost.surgery import inherit
 from lmboost.train_step import Objective
 
@@ -35,22 +36,6 @@ class Helper:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Which rows of the data a step's global batch takes. Picklable, for the loader's worker processes."""
-
-    batch_size: int
-    candidates: int
-    selecting: tuple[tuple[int, int], ...]  # (first step, step after the last) of spans that select
-
-    def __call__(self, step: int) -> tuple[int, int]:
-        """(first row, number of rows); more rows while candidates are scored."""
-        scored = sum(max(min(step, end) - first, 0) for first, end in self.selecting)
-        first_row = (step + scored * (self.candidates - 1)) * self.batch_size
-        selects = any(first <= step < end for first, end in self.selecting)
-        return first_row, self.batch_size * (self.candidates if selects else 1)
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """A run, ready to be built."""
 
@@ -58,7 +43,7 @@ class Plan:
     student: ModelConfig
     objective: Objective
     phases: list[tuple[int, frozenset[str]]]  # (first step, active helps)
-    rows: "Rows"
+    rows: Rows
     train_data: loader.DataInfo
     validation_data: loader.DataInfo
     teacher: Helper | None
@@ -87,14 +72,39 @@ class Plan:
         return total
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where the data stands before `step`; equal positions give equal batches from there on."""
+        """Where the data stands before `step`; equal positions give equal batches from there on.
+
+        What data.skip leaves out from there on is no part of it: a checkpoint is gone on from with other rows ahead.
+        """
         return {
             "step": step,
-            "first_row": self.rows(step)[0],
+            "first_row": self.rows.stand(step),
             "seq_len": self.config.seq_len,
             "seed": self.config.seed,
             "fingerprint": self.train_data.fingerprint,
         }
+
+    def check_position(self, position: dict[str, Any], origin: str) -> None:
+        """Raises a UserError where the run, going on from a checkpoint at `position`, would read other rows.
+
+        `origin` says which checkpoint that is.
+        """
+        step, skip = position["step"], self.config.data.skip
+        if position == self.position(step):
+            return
+        missed = self.rows.missed_jump(step, position["first_row"])
+        if missed is not None and position == self.position(step) | {"first_row": position["first_row"]}:
+            first, last = parse_ranges(skip, self.config.steps)[missed]
+            at = self.rows.jumps[missed][0]
+            raise UserError(
+                f"data.skip={skip!r}: what is left out for {first}-{last} begins at step {at + 1}, but the run goes on "
+                f"from step {step} ({origin}): rows of it have been read already. Choose a resume.step of at most "
+                f"{at}, or leave {first}-{last} out of data.skip."
+            )
+        raise UserError(
+            f"{origin} stands at data position {position}, but this config is at {self.position(step)} there: "
+            "the rows that follow would not be the ones that have not been seen."
+        )
 
 
 def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> Plan:
@@ -122,6 +132,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     objective = make_objective(config, student, teacher.model if teacher else None, active)
     selecting = tuple((first, end) for first, end, helps in spans(phases, config.steps) if "select" in helps)
     rows = Rows(config.batch_size, objective.select.candidates, selecting)
+    rows = rows.without(parse_ranges(config.data.skip, config.steps), config.steps)
     manifest = _manifest(config, student, train_data, validation_data, teacher, scorer)
     _check_workdir(config, workdir)
     return Plan(config, student, objective, phases, rows, train_data, validation_data, teacher, scorer, manifest)
@@ -212,6 +223,8 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
 
 
 def _check_init(config: ConfigDict) -> None:
+    if config.resume.step != -1 and not config.resume["from"]:
+        raise UserError(f"resume.step={config.resume.step}, but resume.from is empty: give the run that it is about.")
     one_of("init.kind", config.init.kind, (*inherit.KINDS, "subnet"))
     for field, default in (("kind", "copy"), ("layers", ""), ("fresh", "")):
         if (value := config.init[field]) != default and not config.init["from"]:

@@ -2,7 +2,8 @@
 
     python -m lmboost.report --baseline=DIR --run=DIR [--run=DIR ...] [--helper=DIR] --out=DIR
 
-Prints a table and writes OUT/report.md, OUT/report.json (exact numbers) and OUT/report.png.
+Prints tables and writes OUT/report.md, OUT/report.json (exact numbers) and OUT/report.png. Every directory may be
+remote (gs://bucket/path).
 """
 
 import argparse
@@ -17,12 +18,17 @@ import rich.box
 import rich.console
 import rich.markup
 import rich.table
+from etils import epath
 
-from lmboost import metrics
+from lmboost import goodput, metrics
 from lmboost.errors import UserError, exit_on_user_error
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the baseline's tokens
 FINAL_FIELDS = ("val_loss", "val_perplexity", "val_bits_per_byte")
+TIMES = {  # kinds of goodput.Goodput, as the columns of the table
+    "step": "steps", "start": "start", "restore": "restore", "compile": "compile", "data": "data",
+    "evaluate": "eval", "save": "save", "lost": "lost", "restarting": "restart",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Run:
     final: dict[str, float | None]  # FINAL_FIELDS over the last evaluations
     trained_tokens: float  # up to its last line
     fingerprint: Any = None
+    time: goodput.Goodput | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Crossing:
 
 
 def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
-    """Reads DIR/metrics.jsonl and, where there is one, DIR/manifest.json.
+    """Reads DIR/metrics.jsonl and, where there are such files, DIR/manifest.json and DIR/goodput.jsonl.
 
     Raises a UserError where there is no such run, or it has fewer than `last` evaluations.
     """
@@ -59,7 +66,7 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
             by_step.setdefault(line["step"], {}).update({k: v for k, v in line.items() if v is not None})
     except OSError as error:
         raise UserError(
-            f"{flag}={directory}: there is no run, as {metrics.FILE} cannot be read ({error.strerror}). "
+            f"{flag}={directory}: there is no run, as {metrics.FILE} cannot be read ({error.strerror or error}). "
             "Give the --workdir of a run."
         ) from error
     lines = [by_step[s] for s in sorted(by_step) if "val_loss" in by_step[s] and "tokens" in by_step[s]]
@@ -71,7 +78,7 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
     column = lambda name: np.array([line.get(name, np.nan) for line in lines], np.float64)  # noqa: E731
     tail = {k: [line[k] for line in lines[-last:] if k in line] for k in FINAL_FIELDS}
     return Run(
-        name=os.path.basename(os.path.normpath(os.path.abspath(directory))),
+        name=name_of(directory),
         tokens=column("tokens"),
         val_loss=column("val_loss"),
         flops=column("flops"),
@@ -79,16 +86,21 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
         final={k: float(np.mean(v)) if v else None for k, v in tail.items()},
         trained_tokens=max(line.get("tokens", 0.0) for line in by_step.values()),
         fingerprint=_fingerprint(directory),
+        time=goodput.read(directory),
     )
 
 
+def name_of(directory: str) -> str:
+    """The last part of a path, local or remote, also of "." and ".."."""
+    return epath.Path(directory if "://" in directory else os.path.abspath(directory)).name
+
+
 def _fingerprint(directory: str) -> Any:
-    path = os.path.join(directory, "manifest.json")
-    if not os.path.exists(path):
+    path = epath.Path(directory) / "manifest.json"
+    if not path.exists():
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file).get("data", {}).get("fingerprint")
+        return json.loads(path.read_bytes()).get("data", {}).get("fingerprint")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a manifest: expected a JSON object. Was it edited by hand?") from error
 
@@ -98,7 +110,7 @@ def training_flops(directory: str) -> float:
     try:
         values = [line["flops"] for line in metrics.read(directory) if line.get("flops") is not None]
     except OSError as error:
-        raise UserError(f"--helper={directory}: {metrics.FILE} cannot be read ({error.strerror}).") from error
+        raise UserError(f"--helper={directory}: {metrics.FILE} cannot be read ({error.strerror or error}).") from error
     if not values:
         raise UserError(
             f"--helper={directory}: {metrics.FILE} has no flops, so its cost is not known. Leave --helper out."
@@ -167,7 +179,7 @@ def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = Non
             "flops_fraction": _ratio(flops, total_flops),
             "flops_with_helper": with_helper,
             "flops_with_helper_fraction": _ratio(with_helper, total_flops),
-        }
+        } | ({"goodput": _time(run.time)} if run.time else {})
 
     return {
         "target_loss": target,
@@ -175,6 +187,11 @@ def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = Non
         "baseline": row(baseline),
         "runs": [row(run) for run in runs],
     }
+
+
+def _time(spent: goodput.Goodput) -> dict[str, Any]:
+    shares = {kind: spent.share(kind) for kind in spent.seconds}
+    return {"attempts": spent.attempts, "wall_seconds": spent.wall, "seconds": dict(spent.seconds), "shares": shares}
 
 
 def _number(value: float) -> float | None:
@@ -197,7 +214,7 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     helper = report["helper_flops"] is not None
     costs[0] += ["with helper's training", "x"] if helper else []
     for row in rows:
-        name = row["name"] + (" (baseline)" if row is report["baseline"] else "")
+        name = _title(report, row)
         losses.append([name, *(_cell(v, "{:.4f}") for v in [*row["loss_at"].values(), row["final"]["val_loss"]])])
         bound = "≤ " if row["reached_by_first_evaluation"] else ""
         tokens = row["tokens_to_target"]
@@ -208,10 +225,30 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
             cells += [_cell(spent, bound + "{:.3g}"), _cell(row[f"{what}_fraction"], bound + "{:.2f}")]
         costs.append(cells)
     target = report["target_loss"]
-    return [
+    tables = [
         ("Validation loss after a share of the baseline's tokens, nats per token", losses),
         (f"Cost of the baseline's final loss ({target:.4f}); x is a multiple of the baseline's whole run", costs),
     ]
+    return tables + ([_time_table(report)] if any("goodput" in row for row in rows) else [])
+
+
+def _time_table(report: dict[str, Any]) -> tuple[str, list[list[str]]]:
+    """Where each run's time went. Runs of versions that did not write it down have -, idle kinds no column."""
+    rows = [report["baseline"], *report["runs"]]
+    spent = [row["goodput"] for row in rows if "goodput" in row]
+    kinds = [k for k in TIMES if k == "step" or any(s["shares"][k] >= 0.0005 for s in spent)]
+    lines = [["run", *(TIMES[k] for k in kinds), "attempts", "hours"]]
+    for row in rows:
+        cells = ["-"] * (len(kinds) + 2)
+        if time := row.get("goodput"):
+            cells = [f"{time['shares'][k]:.1%}" for k in kinds]
+            cells += [str(time["attempts"]), f"{time['wall_seconds'] / 3600:.2f}"]
+        lines.append([_title(report, row), *cells])
+    return "Where the time went, shares of the wall clock", lines
+
+
+def _title(report: dict[str, Any], row: dict[str, Any]) -> str:
+    return row["name"] + (" (baseline)" if row is report["baseline"] else "")
 
 
 def _notes(report: dict[str, Any], last: int) -> list[str]:
@@ -226,7 +263,13 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
         notes.append(
             f"Training the helper cost {report['helper_flops']:.3g} FLOPs, added to every run but the baseline."
         )
-    for row in [report["baseline"], *report["runs"]]:
+    rows = [report["baseline"], *report["runs"]]
+    if any(row["goodput"]["attempts"] > 1 for row in rows if "goodput" in row):
+        notes.append(
+            "Of the time, lost is spent on steps that were trained again after a crash, and restart lies between the "
+            "last line that an attempt wrote and the start of the next one."
+        )
+    for row in rows:
         if row["total"]["tokens"] < 0.9 * row["trained_tokens"]:
             share = row["total"]["tokens"] / row["trained_tokens"]
             notes.append(
@@ -243,10 +286,11 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
 
 
 def write(report: dict[str, Any], runs: Sequence[Run], out: str, last: int, console: rich.console.Console) -> None:
-    """Prints the table and writes report.json, report.md and report.png; `runs` begins with the baseline."""
+    """Prints the tables and writes report.json, report.md and report.png; `runs` begins with the baseline."""
     from lmboost import report_plot  # matplotlib is slow to load, and the table needs none
 
-    os.makedirs(out, exist_ok=True)
+    directory = epath.Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
     tables, notes = _tables(report), _notes(report, last)
     for title, (header, *rows) in tables:
         table = rich.table.Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD)
@@ -257,24 +301,25 @@ def write(report: dict[str, Any], runs: Sequence[Run], out: str, last: int, cons
         console.print(table)
     for note in notes:
         console.print(note, highlight=False, markup=False)
-    with open(os.path.join(out, "report.json"), "w", encoding="utf-8") as file:
-        json.dump(report | {"last": last}, file, indent=2, allow_nan=False)
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as file:
-        for title, (header, *rows) in tables:
-            file.write(f"**{title}**\n\n")
-            for cells in (header, [":--"] + ["--:"] * (len(header) - 1), *rows):
-                file.write("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |\n")
-            file.write("\n")
-        file.write("\n".join(f"- {note}" for note in notes) + "\n\n![Validation loss against tokens](report.png)\n")
-    report_plot.save(report, runs, os.path.join(out, "report.png"))
+    (directory / "report.json").write_bytes(json.dumps(report | {"last": last}, indent=2, allow_nan=False).encode())
+    text = []
+    for title, (header, *rows) in tables:
+        text += [f"**{title}**", ""]
+        for cells in (header, [":--"] + ["--:"] * (len(header) - 1), *rows):
+            text.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+        text.append("")
+    text += [*(f"- {note}" for note in notes), "", "![Validation loss against tokens](report.png)", ""]
+    (directory / "report.md").write_bytes("\n".join(text).encode())
+    with (directory / "report.png").open("wb") as file:
+        report_plot.save(report, runs, file)
     console.print(f"Written to {os.path.join(out, 'report.{md,json,png}')}", highlight=False, markup=False)
 
 
-def _distinct(runs: Sequence[Run], directories: Sequence[str]) -> list[Run]:
+def distinct(runs: Sequence[Run], directories: Sequence[str]) -> list[Run]:
     """Runs of one name are told apart by their paths."""
     names = [run.name for run in runs]
     return [
-        dataclasses.replace(run, name=os.path.normpath(d)) if names.count(run.name) > 1 else run
+        dataclasses.replace(run, name=str(epath.Path(d))) if names.count(run.name) > 1 else run
         for run, d in zip(runs, directories, strict=True)
     ]
 
@@ -287,7 +332,7 @@ def main(arguments: argparse.Namespace) -> None:
         load_run(d, arguments.last, flag)
         for d, flag in zip(directories, ["--baseline"] + ["--run"] * len(arguments.run), strict=True)
     ]
-    runs = _distinct(runs, directories)
+    runs = distinct(runs, directories)
     helper = sum(training_flops(d) for d in arguments.helper) if arguments.helper else None
     write(compare(runs[0], runs[1:], helper), runs, arguments.out, arguments.last, rich.console.Console())
 

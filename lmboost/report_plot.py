@@ -1,7 +1,7 @@
 """The report's figure: validation loss against tokens, and where each run reaches the baseline's final loss."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -13,7 +13,7 @@ UNITS = ((1e12, " (trillions)"), (1e9, " (billions)"), (1e6, " (millions)"), (1e
 LINES = ("-", "--", "-.", ":")  # once the colours are used up
 
 
-def save(report: dict[str, Any], runs: Sequence[Any], path: str) -> None:
+def save(report: dict[str, Any], runs: Sequence[Any], file: BinaryIO) -> None:
     """Writes the PNG. `runs` begins with the baseline, in the order of the report's rows."""
     target = report["target_loss"]
     rows = [report["baseline"], *report["runs"]]
@@ -49,7 +49,7 @@ def save(report: dict[str, Any], runs: Sequence[Any], path: str) -> None:
     axes.grid(axis="y", color="#e6e6e6", lw=0.7)
     axes.tick_params(color="#999999", labelcolor=INK)
     _label_ends(axes, labels)
-    figure.savefig(path)
+    figure.savefig(file, format="png")
 
 
 def _limits(runs: Sequence[Any], target: float) -> tuple[float, float]:

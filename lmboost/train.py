@@ -24,6 +24,7 @@ import functools
 import json
 import logging
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -39,17 +40,21 @@ from lmboost.data import loader, tokenizer
 from lmboost.distributed import say
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error
 from lmboost.logdir import LogDir, find
+from lmboost.metrics import take_over
 from lmboost.models import transformer
 from lmboost.run_log import RunLog
 from lmboost.train_step import TrainState, init_params, init_state, make_train_step
 
 
-def train(c: ConfigDict, workdir: str) -> TrainState:
+def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainState:
     """Runs the config to its end, from wherever the workdir stands; returns the last state.
 
-    Raises a Stop if it is asked to stop before, and a UserError on what the user can mend.
+    started: wall-clock time at which the attempt began; None is now.
+
+    Raises a Stop if it is asked to stop before its end, and a UserError on what the user can mend.
     """
     # ------------------------------------------------------------------ what is asked for, checked
+    started = time.time() if started is None else started
     with distributed.together("reading the config"):
         run = plan.make(c, workdir, jax.default_backend(), jax.device_count())
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
@@ -69,7 +74,7 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
             tasks = _tasks(run, mesh) if c.eval.tasks else None
             keep(guard.Lock(workdir))
             log_dir = keep(LogDir(workdir))
-        clock = goodput.Clock(log_dir.path, started=_started())
+        clock = goodput.Clock(log_dir.path, started=started)
         watch = keep(guard.Watchdog(c.watchdog.seconds))
         preempted = keep(guard.Preemption())
 
@@ -77,7 +82,7 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
         with clock.measure("restore"):
             tx, learning_rate = optimizers.make_optimizer(c.optimizer, c.steps, _shapes(run))
             checkpointer = closing.enter_context(Checkpointer(workdir, c.checkpoint, mesh))
-            state, start, evaluated = _start(run, mesh, tx, checkpointer)
+            state, start, evaluated = _start(run, mesh, tx, checkpointer, log_dir)
             if start >= c.steps:
                 say(f"the run in {workdir} is finished: {c.steps} steps")
                 return state
@@ -146,12 +151,6 @@ def train(c: ConfigDict, workdir: str) -> TrainState:
     return state
 
 
-@functools.cache
-def _started() -> float:
-    """When this process began; a second run in it has begun now."""
-    return goodput.process_start()
-
-
 def _stop(checkpointer, state, done: int, start: int, evaluated: bool, run: plan.Plan, manifest, log) -> None:
     """Saves what was trained since the start, and raises the Stop that ends the process."""
     log.flush()
@@ -182,7 +181,7 @@ def _shapes(run: plan.Plan) -> Any:
     return jax.eval_shape(lambda: init_params(run.student, run.objective, run.config.seed, teacher))
 
 
-def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer) -> tuple[TrainState, int, bool]:
+def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: LogDir) -> tuple[TrainState, int, bool]:
     """The state to go on from, its step, and whether it was evaluated.
 
     That of the run's own newest whole checkpoint, else resume.from, else init.from, else random.
@@ -194,18 +193,16 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer) -> tuple[
     resume, init = c.resume["from"], c.init["from"]
     found, origin = checkpointer.restore(like, shardings), "own checkpoint"
     if not found and resume:
-        directory, origin = checkpoint.find(resume, field="resume.from"), "resume.from"
+        directory, origin = checkpoint.find(resume, c.resume.step, "resume.from"), "resume.from"
         state, position = checkpoint.restore_state(directory, like, shardings)
         checkpoint.check_fingerprints(directory, state, position)
         found = state, position, position["step"]
     if found:
         state, position, step = found
         evaluated = position.pop("evaluated", True)
-        if position != run.position(step):
-            raise UserError(
-                f"the {origin} of step {step} stands at data position {position}, but this config is at "
-                f"{run.position(step)} there: the rows that follow would not be the ones that have not been seen."
-            )
+        run.check_position(position, f"the {origin} of step {step}")
+        if origin == "resume.from":
+            take_over(log_dir.path, directory, step)
         say(f"start: {origin}, step {step}")
         return state, step, evaluated
     state = jax.jit(fresh, out_shardings=shardings)()
@@ -303,10 +300,10 @@ def main(argv: list[str]) -> None:
     c, workdir = config.load(rest)
     distributed.start(cluster)
     if jax.process_count() == 1:
-        train(c, workdir)
+        train(c, workdir, goodput.process_start())
         return
     try:
-        exit_on_user_error(lambda: train(c, workdir), show_traceback="--traceback" in argv)
+        exit_on_user_error(lambda: train(c, workdir, goodput.process_start()), show_traceback="--traceback" in argv)
     except SystemExit as end:  # jax would wait for the others, which may be waiting for this one
         exit_at_once(end.code)
     except BaseException:

@@ -35,7 +35,7 @@ def recording(directory: pathlib.Path, compile_step):
 
 
 def read(directory: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
-    """{step: global batch} of what was written down by all processes."""
+    """{step: global batch} of what was written down by all processes of one attempt."""
     parts: dict[int, dict[str, np.ndarray]] = {}
     for path in directory.glob("*.npz"):
         parts.setdefault(int(path.name.split("-")[0]), {}).update(np.load(path))

@@ -92,18 +92,18 @@ def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, recipe,
         (2, ("--config.mesh.data=4", "--config.mesh.fsdp=2"), 33),
         (1, ("--config.mesh.fsdp=4", "--config.mesh.tensor=2"), 0),
     )
+    batches = {}
     for processes, mesh, kill_at in parts:
         process = runs.launch(
-            processes, 8 // processes, *arguments, *mesh, record=tmp_path / "batches",
+            processes, 8 // processes, *arguments, *mesh, record=tmp_path / f"{processes}",
             own=("--restarts=0", "--grace=0"),
         )  # fmt: skip
-        if not kill_at:
-            finish(process)
-            continue
-        wait_for_step(process, tmp_path / "run", kill_at)
-        kill_children(process)
-        finish(process, 128 + signal.SIGKILL)
-    assert_same_run(tmp_path / "run", record.read(tmp_path / "batches"), one)
+        if kill_at:
+            wait_for_step(process, tmp_path / "run", kill_at)
+            kill_children(process)
+        finish(process, 128 + signal.SIGKILL if kill_at else 0)
+        batches |= record.read(tmp_path / f"{processes}")
+    assert_same_run(tmp_path / "run", batches, one)
 
 
 def kill_children(process, number=signal.SIGKILL, which=slice(None)):

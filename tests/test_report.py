@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmboost import report, report_plot
+from lmboost import goodput, report, report_plot
 from lmboost.errors import UserError
 
 
@@ -146,6 +146,45 @@ def test_a_run_in_progress_with_a_half_written_line_can_be_reported(tmp_path):
     baseline = save(tmp_path / "plain", [5.0, 4.0])
     other = save(tmp_path / "other", [4.5, 3.5], extra=['{"step": 300, "val_lo'])
     assert run_main(tmp_path, f"--baseline={baseline}", f"--run={other}")["runs"][0]["reached"]
+
+
+def spend(directory, begin, start_step, stop_step, seconds):
+    """An attempt that starts in 10 seconds, compiles in 20 and trains for so many."""
+    now = [begin]
+    clock = goodput.Clock(directory, started=begin, clock=lambda: now[0])
+    now[0] += 10
+    clock.begin(start_step)
+    with clock.measure("compile"):
+        now[0] += 20
+    now[0] += seconds
+    clock.write(stop_step)
+
+
+def test_where_the_time_went(tmp_path, capsys):
+    baseline, other, old = (save(tmp_path / name, [5.0, 4.0, 3.0]) for name in ("plain", "other", "old"))
+    spend(baseline, 1000.0, 0, 300, 70.0)
+    spend(other, 1000.0, 0, 200, 1770.0)
+    spend(other, 3000.0, 150, 300, 1570.0)
+    out = run_main(tmp_path, f"--baseline={baseline}", f"--run={other}", f"--run={old}")
+    assert out["baseline"]["goodput"]["shares"]["step"] == pytest.approx(0.7)
+    assert out["baseline"]["goodput"]["attempts"] == 1 and "goodput" not in out["runs"][1]
+    time = out["runs"][0]["goodput"]
+    assert time["wall_seconds"] == 3600 and sum(time["seconds"].values()) == pytest.approx(3600)
+    assert time["seconds"]["lost"] == pytest.approx(1770 / 4) and time["seconds"]["restarting"] == pytest.approx(200)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| run | steps | start | compile | lost | restart | attempts | hours |" in text, "kinds that took time"
+    assert "| plain (baseline) | 70.0% | 10.0% | 20.0% | 0.0% | 0.0% | 1 | 0.03 |" in text
+    assert "| other | 80.5% | 0.6% | 1.1% | 12.3% | 5.6% | 2 | 1.00 |" in text
+    assert "| old | - | - | - | - | - | - | - |" in text and "lost is spent on steps" in text
+    assert "Where the time went" in capsys.readouterr().out
+    run_main(tmp_path, f"--baseline={old}", f"--run={old}")
+    assert "Where the time went" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_remote_runs_have_names_of_their_own():
+    assert report.name_of("gs://bucket/some/run/") == "run" and report.name_of("runs/a/../b/") == "b"
+    runs = [a_run([1.0]), a_run([2.0])]
+    assert [run.name for run in report.distinct(runs, ["gs://a/run", "gs://b/run/"])] == ["gs://a/run", "gs://b/run"]
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):

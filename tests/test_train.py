@@ -184,7 +184,8 @@ def test_init_from_takes_parameters_and_resume_from_takes_all(home, recipe, data
     assert f"start: init.from {workdir}" in capsys.readouterr().out
     assert lines(home / "init")[0]["loss"] < lines(workdir)[0]["loss"] - 0.3
     again = runs.run(recipe, home / "resumed", data, f"--config.resume.from={workdir}/checkpoints/6")
-    assert same(again, state) and lines(home / "resumed")[0]["step"] == 7
+    assert same(again, state)
+    assert [line["step"] for line in lines(home / "resumed") if "loss" in line] == list(range(1, 9))
     with pytest.raises(UserError, match="data position"):
         runs.run(recipe, home / "other", data, f"--config.resume.from={workdir}/checkpoints/6", "--config.seed=3")
 

@@ -1,0 +1,105 @@
+"""After a loss spike: a new run goes on from an older checkpoint of the first one, without the rows of some steps."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from lmboost import metrics
+from lmboost.data import loader
+from lmboost.errors import UserError
+from tests import runs
+
+
+@pytest.fixture(scope="module")
+def first(home, recipe, data):
+    """A run of 8 steps that has kept all of its checkpoints, each second step."""
+    runs.run(recipe, home / "first", data, "--config.checkpoint.keep=10")
+    return home / "first"
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The tokens of the training batches that the loop has taken, as they come."""
+    taken, batches = [], loader.Loader.batches
+
+    def spy(self, *args):
+        with contextlib.closing(batches(self, *args)) as iterator:
+            for batch in iterator:
+                taken.append(np.array(batch["tokens"]))
+                yield batch
+
+    monkeypatch.setattr(loader.Loader, "batches", spy)
+    return taken
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows(data, first, count=8):
+    source = loader.Loader(data.partition("=")[2], "train", 32)
+    return np.concatenate([source.row(i)["tokens"] for i in range(first, first + count)])
+
+
+def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, capsys):
+    again = [f"--config.resume.from={first}", "--config.resume.step=4", "--config.data.skip=5-6"]
+    last = runs.run(recipe, tmp_path / "second", data, *again)
+    assert "start: resume.from, step 4" in capsys.readouterr().out
+    taken = read[:]
+    for batch, step in zip(taken, (7, 8, 9, 10), strict=True):  # as the first run would have counted them
+        np.testing.assert_array_equal(batch, rows(data, (step - 1) * 8))
+
+    old, new = lines(first), lines(tmp_path / "second")
+    assert [x for x in new if x["step"] <= 4] == [x for x in old if x["step"] <= 4], "the whole curve is there"
+    assert [x["step"] for x in new if "loss" in x] == list(range(1, 9))
+    assert new[-1] != old[-1]
+
+    shutil.rmtree(tmp_path / "second" / "checkpoints" / "8")  # as if it had been killed after step 6
+    read.clear()
+    same = runs.run(recipe, tmp_path / "second", data, *again)
+    assert "start: own checkpoint, step 6" in capsys.readouterr().out
+    for batch, before in zip(read, taken[2:], strict=True):
+        np.testing.assert_array_equal(batch, before)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, jax.device_get(same), jax.device_get(last))))
+    assert [x["step"] for x in lines(tmp_path / "second") if "loss" in x] == list(range(1, 9))
+
+    with pytest.raises(UserError, match="holds a run of another config.*data.skip: '5-6' -> '5-7'"):
+        runs.run(recipe, tmp_path / "second", data, *again[:2], "--config.data.skip=5-7")
+
+
+def test_rows_that_have_been_read_already_cannot_be_left_out(tmp_path, recipe, data, first):
+    with pytest.raises(UserError, match="data.skip='5-6'.* begins at step 5, .*from step 6 .*resume.step of at most 4"):
+        runs.run(
+            recipe, tmp_path / "late", data, f"--config.resume.from={first}", "--config.resume.step=6",
+            "--config.data.skip=5-6",
+        )  # fmt: skip
+    assert not (tmp_path / "late" / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_that_was_not_kept_is_named(tmp_path, recipe, data, first):
+    with pytest.raises(UserError, match="resume.from=.*step 5: it has steps 2, 4, 6, 8"):
+        runs.run(recipe, tmp_path / "new", data, f"--config.resume.from={first}", "--config.resume.step=5")
+
+
+def test_numbers_are_taken_over_once(tmp_path):
+    run, step = tmp_path / "run", epath.Path(tmp_path / "run" / "checkpoints" / "2")
+    step.mkdir(parents=True)
+    metrics.take_over(str(tmp_path / "a"), step, 2)
+    assert not (tmp_path / "a").exists(), "a run without numbers has none to give"
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
+    metrics.take_over(str(tmp_path / "a"), step, 2)
+    assert lines(tmp_path / "a") == [{"step": 1}, {"step": 2}]
+    (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
+    metrics.take_over(str(tmp_path / "a"), step, 3)
+    assert lines(tmp_path / "a") == [{"step": 1}], "the run has numbers of its own"
+    shutil.copytree(step, tmp_path / "elsewhere" / "2")
+    metrics.take_over(str(tmp_path / "b"), epath.Path(tmp_path / "elsewhere" / "2"), 2)
+    assert not (tmp_path / "b").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="resume.from: .*metrics.jsonl cannot be copied to .*file"):
+        metrics.take_over(str(tmp_path / "file"), step, 2)
