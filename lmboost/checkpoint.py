@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from lmboost import hf, sharding
+from lmboost import hf, logdir, sharding
 from lmboost.errors import UserError
 from lmboost.train_step import TrainState
 
@@ -83,8 +83,8 @@ def find(path: str, step: int = -1, field: str = "from") -> epath.Path:
     """The checkpoint directory that `path` names: itself, the one of `step` (-1: the last) of a run, or "hf:DIR"."""
     if path.startswith(hf.PREFIX):
         return hf.find(path, step, field)
-    root = epath.Path(os.path.abspath(path)) if "://" not in path else epath.Path(path)
-    if (root / "params").exists() and (root / "manifest").exists():
+    root = logdir.find(path, field)
+    if (root / "params").exists() and (root / "manifest").exists() and ocp.utils.is_checkpoint_finalized(root):
         return root
     if not (root / "checkpoints").exists() and hf.is_directory(root):
         raise UserError(f"{field}={path!r} is a Hugging Face Hub directory: give it as {hf.PREFIX}{path}.")

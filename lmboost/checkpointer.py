@@ -14,9 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, distributed
+from lmboost import checkpoint, distributed, logdir
 from lmboost.errors import Stop, UserError
-from lmboost.logdir import find
 from lmboost.train_step import TrainState
 
 LAST_ATTEMPTS = 3  # of the save at the end of a run; before the end there is no limit
@@ -32,8 +31,8 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str, c: ConfigDict, mesh: Mesh):
-        root = find(workdir)
-        self.directory, self._damaged = root / "checkpoints", root / "damaged"
+        root = logdir.find(workdir)
+        self.directory, self._root = root / "checkpoints", root
         self._c, self._wish = c, distributed.Wish(mesh)
         self._report_unfinished()
         self._manager = self._open()
@@ -67,7 +66,7 @@ class Checkpointer:
     def restore(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
         """(state, data position, step) of the newest checkpoint that is whole; None if there is no checkpoint.
 
-        Newer ones that are damaged are named and moved to WORKDIR/damaged. Raises a UserError if all of them are.
+        Newer ones that are damaged are named and moved to WORKDIR/damaged-STEP. Raises a UserError if all of them are.
         """
         damaged = []
         for step in self.finished_steps()[::-1]:
@@ -105,10 +104,9 @@ class Checkpointer:
         if not damaged:
             return
         for step, error in damaged:
-            distributed.warn(f"{error} It is put aside in {self._damaged / str(step)}, and the one before it is used.")
+            target = self._root / f"damaged-{step}"
+            distributed.warn(f"{error} It is put aside as {target}, and the one before it is used.")
             if jax.process_index() == 0:
-                target = self._damaged / str(step)
-                self._damaged.mkdir(parents=True, exist_ok=True)
                 if target.exists():
                     target.rmtree()
                 (self.directory / str(step)).rename(target)

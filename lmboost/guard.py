@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 
 import jax
-from etils import epath
 from jax.experimental import multihost_utils
 
+from lmboost import logdir
 from lmboost.errors import EXIT_HUNG, UserError, exit_at_once
 
 
@@ -102,7 +102,7 @@ class Lock:
     LEASE = 180.0  # seconds after which a lease that was not renewed is void
 
     def __init__(self, workdir: str):
-        self._path = epath.Path(workdir) / "lock"
+        self._path = logdir.find(workdir) / "lock"
         self._file = self._thread = None
         self._ended = threading.Event()
         self._me = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "id": os.urandom(8).hex()})
@@ -141,10 +141,10 @@ class Lock:
         )
 
     def _lease(self) -> None:
-        found, since = self._read(), time.monotonic()
-        while found and time.monotonic() - since < self.LEASE:
-            print(f"{self._path} is held by {found}; waiting up to {self.LEASE:.0f} s for it to run out", flush=True)
-            time.sleep(self.LEASE / 12)
+        found = self._read()
+        while found and (left := json.loads(found).get("time", 0) + self.LEASE - time.time()) > 0:
+            print(f"{self._path} is held by {found}; waiting {left:.0f} s for it to run out", flush=True)
+            time.sleep(min(left, self.LEASE / 12))
             if (now := self._read()) and now != found:
                 raise self._refusal(now)
             found = now

@@ -1,20 +1,26 @@
 """A run's small files: appended to on a local disk, full or not, and copied from there to a bucket.
 
 An object store has no appending. So with `--workdir=gs://bucket/run` metrics.jsonl, goodput.jsonl and TensorBoard's
-files are written to a temporary directory, and those that have changed are uploaded whole. That happens in a thread:
-the loop pays for listing the directory, well under a millisecond, and the bucket gets an object or two at each `sync`.
+files are written to a temporary directory, and those that have changed are uploaded whole, in a thread: a `sync` takes
+the loop microseconds, a few milliseconds where a thread begins. It costs one request to the store for each file that
+has changed, and as much traffic as these files are large; a run of a million logged steps has some 400 MB of them.
 """
 
 import collections
+import contextlib
 import errno
+import functools
 import importlib.util
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 
+import fsspec
 import jax
 from etils import epath
 
@@ -27,7 +33,8 @@ SCHEME = "gs://"
 def find(path: str, field: str = "--workdir") -> epath.Path:
     """A directory that the user names, absolute; gs:// names stay as they are.
 
-    Raises a UserError for other stores, and where the package that reads gs:// is missing.
+    Raises a UserError for other stores, where the package that reads gs:// is missing, and for a bucket that is not
+    there or cannot be reached.
     """
     if "://" not in path:
         return epath.Path(os.path.abspath(path))
@@ -35,7 +42,34 @@ def find(path: str, field: str = "--workdir") -> epath.Path:
         raise UserError(f"{field}={path!r}: expected a local directory or {SCHEME}bucket/path.")
     if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
         raise UserError(f'{field}={path!r}: {SCHEME} needs the package gcsfs: pip install "lmboost[gcs]".')
+    # gcsfs remembers what a directory holds, but what tensorstore or another host writes there is seen, too.
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+    bucket = SCHEME + path.removeprefix(SCHEME).partition("/")[0]
+    with _refusing(field, path):
+        exists = _bucket_exists(bucket)
+    if not exists:
+        raise UserError(
+            f"{field}={path!r}: there is no {bucket}, or it is empty and your credentials do not let you ask for it "
+            "(storage.buckets.get). Mend its name, or make it first."
+        )
     return epath.Path(path)
+
+
+@functools.cache
+def _bucket_exists(bucket: str) -> bool:
+    """Asked once. Directories need no making in a bucket, but gcsfs would make one whose name is misspelt."""
+    return epath.Path(bucket).exists()
+
+
+@contextlib.contextmanager
+def _refusing(field: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # each store has its own
+        raise UserError(
+            f"{field}={path!r} cannot be read ({_brief(error)}). Check the network and your credentials "
+            "(gcloud auth application-default login)."
+        ) from error
 
 
 class Appender:
@@ -128,41 +162,47 @@ class LogDir:
     def __init__(self, workdir: str):
         root = find(workdir)
         self._remote = root if "://" in workdir else None
-        self.path = tempfile.mkdtemp(prefix="lmboost-") if self._remote else os.fspath(root)
         self._first = jax.process_index() == 0
         self._uploaded: dict[str, tuple[int, int]] = {}  # name -> size and time of change
-        self._thread: threading.Thread | None = None
+        self._lock, self._wanted = threading.Lock(), False
+        self._thread: threading.Thread | None = None  # that uploads as long as it is wanted
         self._started = time.monotonic()
-        self._failing = False
-        if self._remote and self._first:
-            self._download()
+        self._failing = self._closed = False
+        self.path = os.fspath(root)
+        if self._remote:
+            kept = self._read_kept() if self._first else {}
+            self.path = tempfile.mkdtemp(prefix="lmboost-")
+            for name, content in kept.items():
+                pathlib.Path(self.path, name).write_bytes(content)
+            self._uploaded = self._changed()
 
     def sync(self, at_least: float = 0.0) -> None:
-        """Begins to upload what has changed, and returns; the first of several failures is reported on stderr.
+        """Has what has changed uploaded, and returns at once; the first of several failures is reported on stderr.
 
-        What fails is tried again by the next call. Nothing is done while an upload is still running, or if the last
-        one began less than `at_least` seconds ago.
+        What fails is tried again by the next call. Nothing is done if the last call that did something is less than
+        `at_least` seconds ago. What was written before a call is uploaded after it, even if an upload was running.
         """
         now = time.monotonic()
-        busy = self._thread is not None and self._thread.is_alive()
-        if not (self._remote and self._first) or busy or now - self._started < at_least:
+        if self._closed or not (self._remote and self._first) or now - self._started < at_least:
             return
         self._started = now
-        self._thread = threading.Thread(target=self._upload, name="logdir", daemon=True)
-        self._thread.start()
+        with self._lock:
+            self._wanted = True
+            if not self._thread:
+                self._thread = threading.Thread(target=self._work, name="logdir", daemon=True)
+                self._thread.start()
 
     def close(self, timeout: float = 60.0) -> None:
         """Uploads what is left and removes the temporary directory.
 
         If that fails or is not done within `timeout` seconds, the directory stays, and stderr says so.
         """
-        if not self._remote:
+        if self._closed or not self._remote:
             return
-        until = time.monotonic() + timeout
-        for begin in (lambda: None, self.sync):  # the running one was begun before the last changes
-            begin()
-            if self._thread:
-                self._thread.join(max(until - time.monotonic(), 0.0))
+        self.sync()
+        self._closed = True
+        if thread := self._thread:
+            thread.join(timeout)
         left = self._changed() if self._first else ()
         if left:
             _tell(
@@ -171,7 +211,6 @@ class LogDir:
             )
         else:
             shutil.rmtree(self.path, ignore_errors=True)
-        self._remote = None
 
     def __enter__(self):
         return self
@@ -179,15 +218,13 @@ class LogDir:
     def __exit__(self, *_):
         self.close()
 
-    def _download(self) -> None:
-        try:
+    def _read_kept(self) -> dict[str, bytes]:
+        kept = {}
+        with _refusing("--workdir", os.fspath(self._remote)):
             for name in KEPT:
-                if (self._remote / name).exists():
-                    (self._remote / name).copy(os.path.join(self.path, name))
-        except Exception as error:  # each store has its own
-            shutil.rmtree(self.path, ignore_errors=True)
-            raise UserError(f"--workdir={self._remote} cannot be read ({_brief(error)}).") from error
-        self._uploaded = self._changed()
+                with contextlib.suppress(FileNotFoundError):
+                    kept[name] = (self._remote / name).read_bytes()
+        return kept
 
     def _changed(self) -> dict[str, tuple[int, int]]:
         """Files, as paths below the directory, that are not as they were uploaded, with their size and time."""
@@ -202,13 +239,21 @@ class LogDir:
                 found[os.path.relpath(path, self.path)] = (status.st_size, status.st_mtime_ns)
         return {k: v for k, v in found.items() if not k.endswith(".tmp") and self._uploaded.get(k) != v}
 
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._wanted:
+                    self._thread = None
+                    return
+                self._wanted = False
+            self._upload()
+
     def _upload(self) -> None:
         name = "what has changed"
         try:
             for name, mark in self._changed().items():
-                target = self._remote / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                epath.Path(self.path, name).copy(target, overwrite=True)  # an object is there whole, or as it was
+                content = pathlib.Path(self.path, name).read_bytes()
+                (self._remote / name).write_bytes(content)  # the object is new in one moment, or stays as it was
                 self._uploaded[name] = mark
         except Exception as error:  # each store has its own
             if not self._failing:

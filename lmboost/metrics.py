@@ -20,6 +20,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
+from lmboost import logdir
 from lmboost.errors import UserError
 from lmboost.logdir import Appender
 
@@ -126,7 +127,7 @@ def read(workdir: str) -> Iterator[dict[str, Any]]:
 
     Raises a UserError naming the line where another one is not a JSON object with a step.
     """
-    path = epath.Path(workdir) / FILE
+    path = logdir.find(workdir) / FILE
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:

@@ -12,7 +12,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from lmboost import align, checkpoint, flops, schedules, select, sharding
+from lmboost import align, checkpoint, flops, logdir, schedules, select, sharding
 from lmboost import config as configs
 from lmboost.data import loader
 from lmboost.errors import UserError, one_of
@@ -289,7 +289,7 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
 
 def read_manifest(workdir: str) -> dict[str, Any] | None:
     """The manifest of the run in `workdir`, if there is one."""
-    path = epath.Path(workdir) / "manifest.json"
+    path = logdir.find(workdir) / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 

@@ -34,12 +34,24 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, distributed, evaluate, goodput, guard, optimizers, plan, sharding, start
+from lmboost import (
+    checkpoint,
+    config,
+    distributed,
+    evaluate,
+    goodput,
+    guard,
+    logdir,
+    optimizers,
+    plan,
+    sharding,
+    start,
+)  # fmt: skip
 from lmboost.checkpointer import Checkpointer
 from lmboost.data import loader, tokenizer
 from lmboost.distributed import say
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error
-from lmboost.logdir import LogDir, find
+from lmboost.logdir import LogDir
 from lmboost.metrics import take_over
 from lmboost.models import transformer
 from lmboost.run_log import RunLog
@@ -252,7 +264,7 @@ def _load_helpers(run: plan.Plan, step: int, mesh: Mesh) -> dict[str, Any]:
 
 def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> dict[str, Any]:
     """Writes WORKDIR/manifest.json, with the fingerprints of the helpers; they must be those of an earlier start."""
-    manifest, path = dict(run.manifest), find(workdir) / "manifest.json"
+    manifest, path = dict(run.manifest), logdir.find(workdir) / "manifest.json"
     old = plan.read_manifest(workdir) or {}
     for name, params in helpers.items():
         mark = checkpoint.fingerprint(params)

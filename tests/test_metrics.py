@@ -7,6 +7,8 @@ import json
 import math
 import os
 import struct
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +110,6 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--workdir=.*file/run: .* cannot be written \(Not a directory\)"):
         metrics.Writers(str(tmp_path / "file" / "run"))
-    with pytest.raises(UserError, match=r"--workdir=gs://bucket/run: metrics.jsonl is appended to.*mount the bucket"):
-        metrics.Writers("gs://bucket/run")
 
 
 def test_only_the_first_process_writes(tmp_path, monkeypatch):
@@ -140,6 +140,56 @@ def test_tensorboard_holds_the_numbers_and_a_resume_purges_later_ones(tmp_path):
     assert found == [(1, "loss", 0.5), (2, "loss", 1.0), (3, "loss", 1.5), (3, "loss", 9.0)]
     starts = [e.step for e in events if e.HasField("session_log") and e.session_log.status]
     assert starts[-1] == 3, "TensorBoard hides what earlier files hold from this step on"
+
+
+FULL = """
+import errno, json, os, sys
+from lmboost import metrics
+directory, filler = sys.argv[1] + "/run", sys.argv[1] + "/filler"
+writers = metrics.Writers(directory)
+for s in range(1, 11):
+    writers.write(s, {"loss": s / 3})
+with open(filler, "wb", buffering=0) as file:
+    for size in (65536, 1):  # to the last byte
+        try:
+            while True:
+                file.write(b"x" * size)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+for s in range(11, 3001):
+    writers.write(s, {"loss": s / 3, "note": "x" * 20})
+during = [line["step"] for line in metrics.read(directory)]
+assert during == list(range(1, during[-1] + 1)) and 10 <= during[-1] < 3000, during[-1]
+os.remove(filler)
+if len(sys.argv) > 2:
+    writers.write(3001, {"loss": 1.0})
+writers.close()
+for root, _, names in os.walk(directory):
+    for name in names:
+        target = os.path.join(os.environ["OUT"], os.path.relpath(os.path.join(root, name), directory))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(os.path.join(root, name), "rb") as file, open(target, "wb") as out:
+            out.write(file.read())
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["more"]], ids=["room at the end", "room before"])
+def test_a_full_disk_stops_nothing_and_loses_nothing(tmp_path, more):
+    """On a file system of one megabyte. Everything is there in order once there is room again."""
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
+        pytest.skip("mounting a file system of one's own is not permitted here")
+    (disk := tmp_path / "disk").mkdir()
+    mounted = f'mount -t tmpfs -o size=1m tmpfs {disk} && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mounted, "--", sys.executable, "-c", FULL, str(disk), *more],
+        env=os.environ | {"OUT": str(tmp_path / "out")}, text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    steps = list(range(1, 3001 + bool(more)))
+    assert [line["step"] for line in lines(tmp_path / "out")] == steps
+    assert [e.step for e in tensorboard_events(tmp_path / "out") if e.summary.value] == steps
+    assert done.stderr.count("cannot be written (No space left on device). The run goes on") == 2, "once a file"
+    assert done.stderr.count("can be written again") == 2, done.stderr
 
 
 def printed(is_terminal=False):

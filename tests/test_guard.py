@@ -1,0 +1,56 @@
+"""The lock on a workdir, and the lease where there are no locks."""
+
+import json
+import time
+
+import pytest
+
+from lmboost import guard
+from lmboost.errors import UserError
+
+
+def test_a_workdir_is_locked_until_it_is_closed(tmp_path):
+    first = guard.Lock(str(tmp_path))
+    with pytest.raises(UserError, match=r'is in use by a run that is alive \({"host": .*"pid": '):
+        guard.Lock(str(tmp_path))
+    first.close()
+    guard.Lock(str(tmp_path)).close()
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/run/lock cannot be written"):
+        guard.Lock(str(tmp_path / "file" / "run"))
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    """A file system without locks, and leases of two seconds."""
+
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(guard.fcntl, "flock", flock)
+    monkeypatch.setattr(guard.Lock, "LEASE", 2.0)
+
+
+def test_a_lease_that_is_renewed_refuses_a_second_run(tmp_path, no_locks, capsys):
+    first = guard.Lock(str(tmp_path))
+    with pytest.raises(UserError, match="is in use by a run that is alive"):
+        guard.Lock(str(tmp_path))
+    assert "waiting" in capsys.readouterr().out
+    first.close()
+    assert not (tmp_path / "lock").exists()
+    guard.Lock(str(tmp_path)).close()
+
+
+def test_the_lease_of_a_run_that_was_killed_runs_out(tmp_path, no_locks):
+    (tmp_path / "lock").write_text(json.dumps({"host": "gone", "pid": 1, "time": time.time()}))
+    began = time.monotonic()
+    lock = guard.Lock(str(tmp_path))
+    assert 1.5 < time.monotonic() - began < 10
+    lock.close()
+    (tmp_path / "lock").write_text(json.dumps({"host": "gone", "pid": 1, "time": time.time() - 3}))
+    began = time.monotonic()
+    guard.Lock(str(tmp_path)).close()
+    assert time.monotonic() - began < 1
