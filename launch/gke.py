@@ -43,7 +43,8 @@ from flags import USER_ERROR, Parser, number, value_of
 try:
     import yaml
 except ImportError:
-    sys.exit(print("error: PyYAML is missing: pip install pyyaml", file=sys.stderr) or USER_ERROR)
+    print("error: PyYAML is missing: pip install pyyaml", file=sys.stderr)
+    sys.exit(USER_ERROR)
 
 CONTAINER = "main"
 # Pods of one run start minutes apart, when nodes are made and images are pulled.

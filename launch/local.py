@@ -231,37 +231,40 @@ class Signals:
 
 
 class Process:
-    """One process of training, in a session of its own: signals reach it through the launcher only."""
+    """One process of training, in a session of its own: signals reach it through the launcher only.
+
+    Process 0 has the terminal, if there is one; otherwise its lines pass through here, too, so that none is cut by
+    another process's.
+    """
 
     def __init__(self, index: int, command: list[str], environment: dict[str, str]):
-        pipe = None if index == 0 else subprocess.PIPE
         self.index, self.status = index, None
+        stdout, stderr = (subprocess.PIPE if index or not s.isatty() else None for s in (sys.stdout, sys.stderr))
         self._popen = subprocess.Popen(
-            command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe,
+            command, env=os.environ | environment, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
             start_new_session=True,
         )  # fmt: skip
-        self._begun = {}  # pipe -> the beginning of a line that is not whole yet
-        if index > 0:
-            self._begun = {self._popen.stdout: b"", self._popen.stderr: b""}
-        self.pipes = list(self._begun)
-        for stream in self.pipes:
-            os.set_blocking(stream.fileno(), False)
+        self.pipes = [pipe for pipe in (self._popen.stdout, self._popen.stderr) if pipe]
+        self._begun = dict.fromkeys(self.pipes, b"")  # the beginning of a line that is not whole yet
+        for pipe in self.pipes:
+            os.set_blocking(pipe.fileno(), False)
 
-    def forward(self, stream) -> bytes | None:
+    def forward(self, pipe) -> bytes | None:
         """Reads from a pipe and passes whole lines on; what it read, None if nothing has come, b"" at the end."""
         try:
-            data = os.read(stream.fileno(), 1 << 16)
+            data = os.read(pipe.fileno(), 1 << 16)
         except BlockingIOError:
             return None
-        ended = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # a progress bar ends its lines so
-        *whole, self._begun[stream] = (self._begun[stream] + ended).split(b"\n")
-        self._write(stream, whole)
+        if self.index:
+            data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")  # a progress bar ends its lines so
+        *whole, self._begun[pipe] = (self._begun[pipe] + data).split(b"\n")
+        self._write(pipe, [line + b"\n" for line in whole])
         return data
 
-    def _write(self, stream, lines: list[bytes]) -> None:
-        target = sys.stdout if stream is self._popen.stdout else sys.stderr
-        target.flush()
-        target.buffer.write(b"".join(b"[%d] %s\n" % (self.index, line) for line in lines))
+    def _write(self, pipe, lines: list[bytes]) -> None:
+        target = sys.stdout if pipe is self._popen.stdout else sys.stderr
+        prefix = b"[%d] " % self.index if self.index else b""
+        target.buffer.write(b"".join(prefix + line for line in lines))
         target.flush()
 
     def poll(self) -> int | None:
@@ -290,12 +293,12 @@ class Process:
     def close(self) -> None:
         """Kills it if it still runs, and passes on the rest of its output."""
         self.kill()
-        for stream in self.pipes:
-            while self.forward(stream):
+        for pipe in self.pipes:
+            while self.forward(pipe):
                 pass
-            if self._begun[stream]:
-                self._write(stream, [self._begun[stream]])
-            stream.close()
+            if self._begun[pipe]:
+                self._write(pipe, [self._begun[pipe] + (b"\n" if self.index else b"")])
+            pipe.close()
 
 
 def run_once(to_start: list[tuple[list[str], dict[str, str]]], grace: float, signals: Signals) -> int:

@@ -133,6 +133,14 @@ class Clock:
         self._book()
         return self._seconds["step"] / (sum(self._seconds.values()) or 1.0)
 
+    def summary(self) -> str:
+        """Where this attempt's time went, in words, largest first."""
+        self._book()
+        total = sum(self._seconds.values()) or 1.0
+        kinds = sorted(self._seconds, key=self._seconds.get, reverse=True)
+        parts = [f"{kind} {self._seconds[kind] / total:.0%}" for kind in kinds if self._seconds[kind] >= 0.005 * total]
+        return f"{total:.0f} s: {', '.join(parts)}"
+
     def _book(self) -> float:
         now = self._clock()
         self._seconds[self._kinds[-1]] += max(now - self._since, 0.0)  # clocks are set back at times

@@ -181,6 +181,9 @@ def _check_numbers(config: ConfigDict, num_devices: int) -> None:
     for field in ("steps", "batch_size", "seq_len", "accumulation", "log.every", "checkpoint.every", "checkpoint.keep"):
         if (value := configs.flatten(config)[field]) < 1:
             raise UserError(f"{field}={value} must be at least 1.")
+    for field in ("checkpoint.seconds", "checkpoint.keep_every", "checkpoint.retry_seconds", "watchdog.seconds"):
+        if (value := configs.flatten(config)[field]) < 0:
+            raise UserError(f"{field}={value} must be at least 0.")
     if config.eval.batches < 1 and config.eval.batches != -1:
         raise UserError(f"eval.batches={config.eval.batches} must be at least 1, or -1 for the whole split.")
     sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, num_devices)

@@ -159,6 +159,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             with clock.measure("evaluate"), watch.patient():
                 log.validation(c.steps, tasks(state.params["model"]))
         log.saved(c.steps)
+        say(f"time: {clock.summary()}")
     say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
     return state
 

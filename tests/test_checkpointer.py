@@ -1,5 +1,6 @@
 """Checkpoints that were harmed, and saves that fail: what is used instead, what is said, what is never lost."""
 
+import json
 import random
 import shutil
 
@@ -7,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from lmboost import config, optimizers, plan, sharding, train
+from lmboost import checkpointer, config, optimizers, plan, sharding, train
 from lmboost.checkpointer import Checkpointer
+from lmboost.errors import UserError
 from tests import runs
 
 
@@ -93,3 +95,71 @@ def checkpointed(reader, workdir, step):
     copy = workdir.parent / "older"
     shutil.copytree(workdir / "checkpoints" / str(step), copy / "checkpoints" / str(step))
     return reader(copy)[0]
+
+
+def test_if_none_is_whole_nothing_is_touched(workdir, reader):
+    for step in ("4", "6"):
+        (workdir / "checkpoints" / step / "position" / "metadata").unlink()
+    before = files(workdir)
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read .*checkpoints/6.*checkpoints/4"):
+        reader(workdir)
+    assert files(workdir) == before
+
+
+def test_a_run_goes_on_from_the_one_before_and_ends_the_same(workdir, trained, recipe, data, capsys):
+    path = max(files(workdir / "checkpoints" / "6" / "training"), key=lambda p: p.stat().st_size)
+    flip(path, random.Random(0))
+    state = runs.run(recipe, workdir, data, "--config.checkpoint.keep=3")
+    assert "start: own checkpoint, step 4" in capsys.readouterr().out and same(state, trained[1])
+
+
+def test_a_position_that_does_not_fit_is_fatal(workdir, recipe, data):
+    path = workdir / "checkpoints" / "6" / "position" / "metadata"
+    position = json.loads(path.read_text())
+    path.write_text(json.dumps(position | {"first_row": 7}))
+    with pytest.raises(UserError, match="data position"):
+        runs.run(recipe, workdir, data, "--config.checkpoint.keep=3")
+
+
+def test_an_unfinished_checkpoint_is_named_and_removed(workdir, reader, capsys):
+    unfinished = workdir / "checkpoints" / "8.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / "6", unfinished)
+    assert reader(workdir)[2] == 6
+    said = capsys.readouterr().err
+    assert "WARNING: the checkpoint of step 8 was not finished" in said and not unfinished.exists()
+
+
+def steps(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+
+
+def test_the_newest_are_kept_and_some_for_good(tmp_path, recipe, data):
+    runs.run(recipe, tmp_path, data, "--config.checkpoint.every=1", "--config.checkpoint.keep_every=3")
+    assert steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_saves_by_the_clock(tmp_path, recipe, data):
+    """Every step lasts longer than a nanosecond; no step is a multiple of 1,000."""
+    flags = ("--config.checkpoint.every=1000", "--config.checkpoint.keep=9")
+    runs.run(recipe, tmp_path / "clock", data, *flags, "--config.checkpoint.seconds=1e-9")
+    assert steps(tmp_path / "clock") == list(range(1, 9))
+    runs.run(recipe, tmp_path / "never", data, *flags, "--config.checkpoint.seconds=1e9")
+    assert steps(tmp_path / "never") == [8]
+
+
+def test_saves_that_fail_are_said_and_made_good(tmp_path, recipe, data, trained, monkeypatch, capsys):
+    left, manager = iter(range(2)), checkpointer.ocp.CheckpointManager
+
+    def save(self, *args, **kwargs):
+        if next(left, None) is not None:
+            raise OSError(28, "No space left on device")
+        return whole(self, *args, **kwargs)
+
+    whole = manager.save
+    monkeypatch.setattr(manager, "save", save)
+    flags = ("--config.checkpoint.every=3", "--config.checkpoint.keep=9", "--config.checkpoint.retry_seconds=0")
+    state = runs.run(recipe, tmp_path, data, *flags)
+    said = capsys.readouterr().err
+    assert "WARNING: saving the checkpoint of step 3 failed (OSError: [Errno 28] No space left on device)" in said
+    assert "saving the checkpoint of step 4 failed" in said
+    assert steps(tmp_path) == [5, 6, 8] and same(state, trained[1])

@@ -1,5 +1,7 @@
 """The mesh, and how parameters and states that mirror them are laid out on it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -135,3 +137,25 @@ def test_per_device_sees_its_own_part():
         run = sharding.per_device(sizes, (("batch", "length"), ("batch", "heads")), ("batch", "length"))
         assert jax.jit(run)(jnp.ones((8, 2)), jnp.ones((8, 4)))[0, 0] == 202
         assert jax.jit(run)(jnp.ones((6, 2)), jnp.ones((6, 3)))[0, 0] == 603
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceDevice:
+    """As much of a TPU of one of several slices as a mesh looks at."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "cpu"
+    device_kind: str = "cpu"
+
+
+def test_of_several_slices_each_holds_a_run_of_the_data_axis():
+    devices = [SliceDevice(i, i // 4) for i in range(8)]
+    mesh = sharding.make_mesh(4, 2, 1, devices=devices)
+    assert tuple(mesh.shape.values()) == (4, 2, 1)
+    assert [[d.slice_index for d in row] for row in mesh.devices[:, :, 0]] == [[0, 0], [0, 0], [1, 1], [1, 1]]
+    mesh = sharding.make_mesh(-1, 4, 1, devices=devices)
+    assert [{d.slice_index for d in row} for row in mesh.devices[:, :, 0]] == [{0}, {1}]
+    with pytest.raises(UserError, match="mesh.data=1 is not a multiple of the 2 slices"):
+        sharding.make_mesh(1, 8, 1, devices=devices)

@@ -235,6 +235,7 @@ MISTAKES = {
     "no data": (["--config.data.train="], "data.train is empty"),
     "not data": (["--config.data.train=/"], "not a prepared data set|manifest"),
     "batch": (["--config.batch_size=12"], r"batch_size=12 is not a multiple of .* = 8 \* 1 \* 1"),
+    "seconds": (["--config.checkpoint.seconds=-1"], "checkpoint.seconds=-1.0 must be at least 0"),
     "evaluation": (["--config.eval.batches=0"], "eval.batches=0 must be at least 1, or -1"),
     "mesh": (["--config.mesh.data=16"], "asks for 16 devices, but there are 8"),
     "positions": (["--config.model.position=learned", "--config.model.max_seq_len=16"], "longer than the 16 learned"),
