@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -78,13 +79,21 @@ def _check(c: Cluster) -> Cluster:
 def start(c: Cluster) -> None:
     """Makes this process one of its cluster, where it is in one. Before anything else asks jax for its devices.
 
-    Raises a Stop (status 1) where the others do not come within `start_timeout`.
+    Where the others do not come within `start_timeout`, jax ends the process with SIGABRT; what it waited for has been
+    said before. Raises a Stop (status 1) where jax finds no cluster.
     """
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ
     if not (c.coordinator or c.multihost or pod):
         return
     # Processes on CPUs reduce over TCP. The flag has this value by default in some releases of jax, not in others.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    where = c.coordinator or "an address that jax finds"
+    waiting = threading.Timer(
+        min(c.start_timeout / 2, 10.0), print,
+        (f"waiting up to {c.start_timeout} s for all processes of the run; the first one is to listen at {where}",),
+        {"file": sys.stderr, "flush": True},
+    )  # fmt: skip
+    waiting.start()
     try:
         jax.distributed.initialize(
             c.coordinator or None,
@@ -94,12 +103,10 @@ def start(c: Cluster) -> None:
             heartbeat_timeout_seconds=c.heartbeat_timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise Stop(
-            f"error: process {max(c.process_id, 0)} did not find the others "
-            f"({c.coordinator or 'cluster found by jax'}, within {c.start_timeout} s): "
-            f"{str(error).strip().splitlines()[0][:300]}. Is process 0 running, and its port open?",
-            1,
-        ) from error
+        cause = str(error).strip().splitlines()[0][:300]
+        raise Stop(f"error: this process could not join the others at {where}: {cause}", 1) from error
+    finally:
+        waiting.cancel()
 
 
 def say(message: str) -> None:

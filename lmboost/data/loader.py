@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -341,13 +342,19 @@ class Loader:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # in a notebook or a test nobody has; grain's workers read flags
                 flags.FLAGS.mark_as_parsed()
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2))
+            options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
+            dataset = dataset.mp_prefetch(options, _outlive_sigterm)
         iterator = iter(dataset)
         try:
             for batch in iterator:  # copied: grain's workers hand over shared memory, which must not outlive them
                 yield {name: np.array(value) for name, value in batch.items()} if self._workers else batch
         finally:
             iterator.close()
+
+
+def _outlive_sigterm(*_: int) -> None:
+    """Some clusters send SIGTERM to all processes of a job. The one that trains ends its workers when it has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @dataclasses.dataclass(frozen=True)
