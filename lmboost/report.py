@@ -25,9 +25,9 @@ from lmboost.errors import UserError, exit_on_user_error
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the baseline's tokens
 FINAL_FIELDS = ("val_loss", "val_perplexity", "val_bits_per_byte")
-TIMES = {  # kinds of goodput.Goodput, as the columns of the table
-    "step": "steps", "start": "start", "restore": "restore", "compile": "compile", "data": "data",
-    "evaluate": "eval", "save": "save", "lost": "lost", "restarting": "restart",
+TIMES = {  # kinds of goodput.Goodput, as the lines of the table
+    "step": "steps", "start": "starting", "restore": "restoring", "compile": "compiling", "data": "waiting for data",
+    "evaluate": "evaluating", "save": "saving", "lost": "steps that were lost", "restarting": "between attempts",
 }  # fmt: skip
 
 
@@ -233,18 +233,17 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
 
 
 def _time_table(report: dict[str, Any]) -> tuple[str, list[list[str]]]:
-    """Where each run's time went. Runs of versions that did not write it down have -, idle kinds no column."""
+    """Where each run's time went. Runs of versions that did not write it down have -, idle kinds no line."""
     rows = [report["baseline"], *report["runs"]]
     spent = [row["goodput"] for row in rows if "goodput" in row]
     kinds = [k for k in TIMES if k == "step" or any(s["shares"][k] >= 0.0005 for s in spent)]
-    lines = [["run", *(TIMES[k] for k in kinds), "attempts", "hours"]]
-    for row in rows:
-        cells = ["-"] * (len(kinds) + 2)
-        if time := row.get("goodput"):
-            cells = [f"{time['shares'][k]:.1%}" for k in kinds]
-            cells += [str(time["attempts"]), f"{time['wall_seconds'] / 3600:.2f}"]
-        lines.append([_title(report, row), *cells])
-    return "Where the time went, shares of the wall clock", lines
+    lines = [["of the wall clock", *(_title(report, row) for row in rows)]]
+    times = [row.get("goodput") for row in rows]
+    for kind in kinds:
+        lines.append([TIMES[kind], *(f"{time['shares'][kind]:.1%}" if time else "-" for time in times)])
+    lines.append(["attempts", *(str(time["attempts"]) if time else "-" for time in times)])
+    lines.append(["hours", *(f"{time['wall_seconds'] / 3600:.2f}" if time else "-" for time in times)])
+    return "Where the time went", lines
 
 
 def _title(report: dict[str, Any], row: dict[str, Any]) -> str:
@@ -266,8 +265,8 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
     rows = [report["baseline"], *report["runs"]]
     if any(row["goodput"]["attempts"] > 1 for row in rows if "goodput" in row):
         notes.append(
-            "Of the time, lost is spent on steps that were trained again after a crash, and restart lies between the "
-            "last line that an attempt wrote and the start of the next one."
+            "Steps that were lost were trained again after a crash; between attempts is from the last line that one "
+            "wrote to the start of the next."
         )
     for row in rows:
         if row["total"]["tokens"] < 0.9 * row["trained_tokens"]:
