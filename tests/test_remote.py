@@ -97,7 +97,10 @@ def test_checkpoints_are_saved_restored_and_thinned_out(root):
     with ocp.CheckpointManager(root, options=options) as manager:
         assert manager.latest_step() == 2
         restored = manager.restore(2, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
-    assert np.array_equal(restored.params["x"], np.arange(1000.0) * 2)
+        assert np.array_equal(restored.params["x"], np.arange(1000.0) * 2)
+        assert not (root / "3").exists()
+        manager.save(3, args=ocp.args.Composite(params=ocp.args.StandardSave(tree)))
+    assert ocp.utils.checkpoint_steps(root) == [2, 3]
 
 
 def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, server):
@@ -228,6 +231,7 @@ def params(root):
     }
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_killed_and_resumed_ends_as_an_unbroken_local_one(
     root, server, recipe, data, tmp_path, monkeypatch
 ):
@@ -259,5 +263,15 @@ def test_a_run_in_a_bucket_killed_and_resumed_ends_as_an_unbroken_local_one(
     assert step == expected_step == "8" and ended.keys() == expected.keys()
     assert all(np.array_equal(ended[k], expected[k]) for k in expected)
     assert [line["step"] for line in metrics.read(str(root)) if "loss" in line] == list(range(1, 9))
+
+    path = next(p for p in (root / "checkpoints" / "8" / "params" / "ocdbt.process_0" / "d").iterdir())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    process = runs.start(recipe, root, data)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and f"It is put aside as {root}/damaged-8" in out, out
+    assert (root / "damaged-8" / "manifest" / "metadata").exists()
+    assert all(np.array_equal(params(root)[1][k], expected[k]) for k in expected)
     assert not (root / "lock").exists()
     assert (root / "manifest.json").exists() and not (runs.ROOT / "gs:").exists(), "nor a local directory of that name"
