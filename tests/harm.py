@@ -1,9 +1,9 @@
 """lmboost.train with one of its parts harmed, as $HARM says: python -m tests.harm FLAGS...
 
-  slow:PART     PART (step, save, evaluate) takes three seconds more once, some steps on; $MARK-PROCESS appears then
-  fail:PROCESS  the process of this number cannot open its data
-  save:N        the first N saves fail
-  die:N         one step in N ends some milliseconds later with a SIGKILL, or with a SIGTERM
+slow:PART     PART (step, save, evaluate) takes three seconds more once, some steps on; $MARK-PROCESS appears then
+fail:PROCESS  the process of this number cannot open its data
+save:N        the first N saves fail
+die:N         one step in N ends some milliseconds later with a SIGKILL, or with a SIGTERM
 """
 
 import functools
