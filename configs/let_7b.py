@@ -43,7 +43,7 @@ def get_config(variant=""):
         )
         align.stop = 0.3
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 3e-4, 500
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.data, c.mesh.fsdp = (1, -1) if "tiny" in v else (-1, 16)
     if "tiny" in v:
         config.shrink(c)
     return c

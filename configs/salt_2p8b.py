@@ -17,6 +17,8 @@ optimizer and learning rate, w = 0.667 and temperature 0.25 (tune w in 0.33 .. 1
 toy pilots temperature 1 was better than 0.5). The paper trains on the UL2 mixture; this is its causal part only.
 
 Cost (6 N D plus the teacher's 2 N D while it helps): 9.5e21 FLOP, about 5 days on a v5e-256 at 45% MFU [derived].
+Memory of a chip (benchmarks/results/pods.md): in two parts (accumulation=2) the step fits into a v5e's 16 GiB; a v5p
+and a v6e take the batch in one.
 """
 
 from lmboost import config
@@ -38,7 +40,7 @@ def get_config(variant=""):
         kd.weight, kd.temperature, kd.temperature_on = 0.667, 0.25, "teacher"
         kd.handover, kd.stop = ("constant", 1.0) if "rkd" in v else ("hard", STEPS_KD / STEPS)
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 3e-4, 2000
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.data, c.mesh.fsdp, c.accumulation = (1, -1, 1) if "tiny" in v else (-1, 16, 2)
     c.checkpoint.every, c.eval.every = 2000, 2000
     if "tiny" in v:
         config.shrink(c)

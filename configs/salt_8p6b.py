@@ -37,7 +37,7 @@ def get_config(variant=""):
         kd.weight, kd.temperature, kd.temperature_on = 0.667, 0.25, "teacher"
         kd.handover, kd.stop = ("constant", 1.0) if "rkd" in v else ("hard", STEPS_KD / STEPS)
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 3e-4 if "teacher" in v else 2e-4, 2000
-    c.mesh.data, c.mesh.fsdp = 1, -1
+    c.mesh.data, c.mesh.fsdp = (1, -1) if "tiny" in v else (-1, 16)
     c.checkpoint.every, c.eval.every = 2000, 2000
     if "tiny" in v:
         config.shrink(c)

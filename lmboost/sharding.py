@@ -127,9 +127,9 @@ def per_device(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: 
     return run
 
 
-def shards(axis: str) -> int:
-    """Into how many parts the mesh in use splits a logical axis that it divides (1 without a mesh)."""
-    mesh, rule = jax.sharding.get_abstract_mesh(), RULES[axis]
+def shards(axis: str, mesh: Mesh | None = None) -> int:
+    """Into how many parts `mesh`, or the mesh in use, splits a logical axis that it divides (1 without a mesh)."""
+    mesh, rule = jax.sharding.get_abstract_mesh() if mesh is None else mesh, RULES[axis]
     names = (rule,) if isinstance(rule, str) else rule or ()
     return int(np.prod([mesh.shape.get(n, 1) for n in names], dtype=int))
 

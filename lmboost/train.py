@@ -55,7 +55,7 @@ from lmboost.logdir import LogDir
 from lmboost.metrics import take_over
 from lmboost.models import transformer
 from lmboost.run_log import RunLog
-from lmboost.train_step import TrainState, init_params, init_state, make_train_step
+from lmboost.train_step import TrainState, init_params, init_state, jit_train_step
 
 
 def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainState:
@@ -127,7 +127,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if fresh:
                 log.pause()
                 helpers = {k: v for k, v in helpers.items() if k in _helpers_needed(run, step)}
-                step_fn = _compile(run, tx, learning_rate, helps, state)
+                step_fn = jit_train_step(run, tx, learning_rate, helps, state)
                 say(f"step {step}: training {'with ' + ', '.join(sorted(helps)) if helps else 'alone'}")
             log.profile(step)
             watch.beat(f"waiting for the data of step {step}")
@@ -284,15 +284,6 @@ def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> di
         partial.write_text(json.dumps(manifest, indent=1))
         partial.replace(path)
     return manifest
-
-
-def _compile(run: plan.Plan, tx, learning_rate, helps: frozenset[str], state: TrainState) -> Callable:
-    """The jitted step for the helps of one phase."""
-    step_fn = make_train_step(
-        run.student, tx, learning_rate, run.objective, helps,
-        run.teacher.model if run.teacher else None, run.scorer.model if run.scorer else None, run.config.accumulation,
-    )  # fmt: skip
-    return jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
 
 
 def _quiet_libraries() -> None:

@@ -192,6 +192,21 @@ def make_train_step(
     return step_fn
 
 
+def jit_train_step(run, tx: optax.GradientTransformation, learning_rate: Callable, helps: frozenset[str], state):
+    """The jitted step of a run's phase: the state is donated and comes out laid out as it went in.
+
+    Args:
+      run: the `plan.Plan`.
+      helps: those of the phase.
+      state: a TrainState of arrays, or of ShapeDtypeStructs with shardings to compile for devices that are not here.
+    """
+    step_fn = make_train_step(
+        run.student, tx, learning_rate, run.objective, helps,
+        run.teacher.model if run.teacher else None, run.scorer.model if run.scorer else None, run.config.accumulation,
+    )  # fmt: skip
+    return jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
+
+
 def make_eval_step(student: ModelConfig, block_tokens: int) -> Callable[[Any, Batch], tuple[jax.Array, jax.Array]]:
     """Builds `step(params, batch) -> (sum of cross-entropy, number of predicted tokens)`, to be jitted."""
 

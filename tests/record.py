@@ -15,7 +15,7 @@ from lmboost.errors import exit_on_user_error
 
 
 def recording(directory: pathlib.Path, compile_step):
-    """`train._compile` whose steps write down their batch."""
+    """`jit_train_step` whose steps write down their batch."""
 
     def build(*arguments):
         step_fn = compile_step(*arguments)
@@ -50,5 +50,5 @@ def read(directory: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
 if __name__ == "__main__":
     out = pathlib.Path(os.environ["RECORD"])
     out.mkdir(parents=True, exist_ok=True)
-    train._compile = recording(out, train._compile)
+    train.jit_train_step = recording(out, train.jit_train_step)
     exit_on_user_error(lambda: train.main(sys.argv[1:]), show_traceback=True)

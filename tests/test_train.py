@@ -107,14 +107,14 @@ def _mesh():
 
 
 def test_the_teacher_is_freed_at_the_hand_over_and_nothing_is_compiled_twice(home, recipe, data, teacher, monkeypatch):
-    seen, steps, compiled = {}, [], train._compile
+    seen, steps, compiled = {}, [], train.jit_train_step
 
     def spy(run, tx, learning_rate, helps, state):
         seen[helps] = sum(x.dtype == jnp.bfloat16 for x in jax.live_arrays())
         steps.append(compiled(run, tx, learning_rate, helps, state))
         return steps[-1]
 
-    monkeypatch.setattr(train, "_compile", spy)
+    monkeypatch.setattr(train, "jit_train_step", spy)
     runs.run(f"{recipe}:helped", home / "freed", data, teacher)
     assert seen[frozenset({"kd", "align"})] > 0 and seen[frozenset()] == 0
     assert [step._cache_size() for step in steps] == [1, 1, 1]

@@ -1,0 +1,208 @@
+"""What a compiled program says of itself: the collectives in its text, how often they run, and what they move.
+
+The text is the compiler's own (HLO), after all of its passes. A collective counts as often as the loops around it
+turn; the pieces that an asynchronous one is cut in count once. Shapes in it are those on one chip.
+"""
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator
+
+KINDS = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "collective-broadcast",
+)  # fmt: skip
+BYTES = {"pred": 1, "token": 0} | {f"{kind}{bits}": max(bits // 8, 1) for kind in "suf" for bits in (4, 8, 16, 32, 64)}
+
+_ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+(?:e\d\w*)?)\[([\d,]*)\]")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_CALLED = re.compile(r"\b(?:calls|body|to_apply|branch_computations|called_computations)=(\{[^}]*\}|%?[\w.\-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """One array on one chip."""
+
+    dtype: str
+    dims: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        return self.elements * BYTES.get(self.dtype, 2 if self.dtype == "bf16" else 1)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}[{','.join(map(str, self.dims))}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One exchange between chips.
+
+    Attributes:
+      kind: one of KINDS; with " between slices" for what goes over the data centre's network.
+      operands, results: what goes in and what comes out, on one chip.
+      group: how many chips (or slices) take part.
+      times: how often it runs in one execution of the program.
+      bytes: that a chip receives each time, if it is done as a ring: of n chips, (n - 1) / n of the whole for a gather
+        or a scatter, twice that for an all-reduce.
+      name: where in the program it comes from.
+    """
+
+    kind: str
+    operands: tuple[Array, ...]
+    results: tuple[Array, ...]
+    group: int
+    times: int
+    bytes: int
+    name: str
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        return self.operands + self.results
+
+    @property
+    def largest(self) -> Array:
+        return max(self.arrays, key=lambda a: a.elements)
+
+    @property
+    def elements(self) -> int:
+        """Of all that goes in, or of all that comes out if that is more."""
+        return max(sum(a.elements for a in side) for side in (self.operands, self.results))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Instruction:
+    name: str
+    shape: str
+    opcode: str
+    line: str
+
+    @property
+    def called(self) -> list[str]:
+        found = (match.strip("{}").split(",") for match in _CALLED.findall(self.line))
+        return [name.strip().lstrip("%") for name in itertools.chain(*found)]
+
+
+class Program:
+    """The text of a compiled program, taken apart."""
+
+    def __init__(self, text: str, num_devices: int):
+        self._num_devices = num_devices
+        self._computations: dict[str, list[_Instruction]] = {}
+        self._entry, current = "", None
+        for line in text.splitlines():
+            if header := _COMPUTATION.match(line):
+                current = self._computations.setdefault(header[2], [])
+                self._entry = header[2] if header[1] else self._entry
+            elif current is not None and (found := _INSTRUCTION.match(line)):
+                current.append(_Instruction(*found.groups(), line))
+        if not self._entry:
+            raise ValueError("this is no text of a compiled program: it has no ENTRY.")
+
+    def instructions(self) -> Iterator[tuple[_Instruction, str, int]]:
+        """(instruction, its computation, how often it runs) of what is executed; bodies of reductions are not."""
+        return self._visit(self._entry, 1)
+
+    def _visit(self, name: str, times: int) -> Iterator[tuple[_Instruction, str, int]]:
+        for one in self._computations[name]:
+            yield one, name, times
+            if one.opcode in ("async-update", "async-done"):
+                continue  # names what its start has called
+            inner = times * self._turns(one) if one.opcode == "while" else times
+            for called in one.called:
+                reduction = f"to_apply=%{called}" in one.line and one.opcode != "call"
+                if called in self._computations and not reduction:
+                    yield from self._visit(called, inner)
+
+    def _turns(self, loop: _Instruction) -> int:
+        """How often a loop turns. jax's scans count from 0 up to a constant, which is all that their condition has."""
+        if known := re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.line):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.\-]+)", loop.line)[1]
+        constants = {
+            int(re.search(r"constant\((-?\d+)\)", one.line)[1])
+            for one, _, _ in self._visit(condition, 1)
+            if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape)
+        }
+        if len(constants) != 1:
+            raise ValueError(f"can't tell how often {loop.name} turns: its condition has the constants {constants}.")
+        return constants.pop()
+
+    def collectives(self) -> list[Collective]:
+        """Every collective of the program; one that runs in pieces is one."""
+        found, channels = [], set()
+        for one, computation, times in self.instructions():
+            if transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.line):
+                if one.opcode == "send":  # the receiving half says the same
+                    found.append(self._between_slices(one, transfer[1], times))
+                continue
+            kind = one.opcode.removesuffix("-start")
+            if kind not in KINDS:
+                continue
+            channel = re.search(r"channel_id=(\d+)", one.line)
+            if channel and (kind, channel[1]) in channels:
+                continue
+            channels.add((kind, channel and channel[1]))
+            found.append(self._collective(one, kind, computation, times))
+        return found
+
+    def _collective(self, one: _Instruction, kind: str, computation: str, times: int) -> Collective:
+        operands = self._operands(one, computation)
+        results = arrays_of(one.shape)
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # TPUs' fused form: the slice that a chip keeps is taken outside
+        n = group_size(one.line, self._num_devices)
+        received = _received(kind, sum(a.bytes for a in operands), n)
+        return Collective(kind, operands, results, n, times, received, _name(one.line))
+
+    def _between_slices(self, one: _Instruction, transfer: str, times: int) -> Collective:
+        sent = next(a for a in arrays_of(one.shape) if a.dims or a.dtype != "u32")
+        target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', one.line)
+        n = len(target[1].split(",")) if target else 2
+        kind = transfer.lower().replace("_", "-")
+        return Collective(
+            f"{kind} between slices", (sent,), (sent,), n, times, _received(kind, sent.bytes, n), _name(one.line)
+        )
+
+    def _operands(self, one: _Instruction, computation: str) -> tuple[Array, ...]:
+        names = re.findall(r"%([\w.\-]+)", one.line.split(f" {one.opcode}(", 1)[1].split(")", 1)[0])
+        shapes = {other.name: other.shape for other in self._computations[computation]}
+        return tuple(a for name in names for a in arrays_of(shapes[name]))
+
+
+def arrays_of(shape: str) -> tuple[Array, ...]:
+    """The arrays of a shape as it is written, which may be a tuple."""
+    return tuple(Array(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(shape))
+
+
+def group_size(line: str, num_devices: int) -> int:
+    """How many devices of `num_devices` take part in a collective, in any of the notations of its groups."""
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(match[1].split(","))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    return num_devices
+
+
+def _received(kind: str, given: int, n: int) -> int:
+    """Bytes that one of `n` chips receives in a collective into which each puts `given` bytes, done as a ring."""
+    if kind.startswith("collective-"):  # one chip's to another, or to all
+        return given
+    if kind == "all-gather":
+        return given * (n - 1)
+    return round(given * (n - 1) / n * (2 if kind == "all-reduce" else 1))
+
+
+def _name(line: str) -> str:
+    match = re.search(r'op_name="((?:[^"\\]|\\.)*)"', line)
+    return match[1] if match else ""
