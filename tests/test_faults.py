@@ -138,6 +138,17 @@ def test_a_host_comes_late(tmp_path, recipe, data, teacher, whole):
     assert final(tmp_path) == final(whole[2])
 
 
+def test_a_host_that_stands_still_for_a_while_is_waited_for(tmp_path, job, whole):
+    process = job(2, tmp_path)
+    for step in (3, 9):  # near a save, and near an evaluation
+        wait_for_step(process, tmp_path, step)
+        kill_children(process, signal.SIGSTOP, slice(1, 2))
+        time.sleep(8)
+        kill_children(process, signal.SIGCONT, slice(1, 2))
+    finish(process)
+    assert final(tmp_path) == final(whole[2])
+
+
 def test_nobody_comes(tmp_path, recipe, data):
     cluster = ("--coordinator=localhost:1", "--num_processes=2", "--process_id=1", "--start_timeout=5")
     process = runs.start(recipe, tmp_path / "run", data, *cluster)
