@@ -5,6 +5,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 
 import pytest
@@ -85,3 +86,12 @@ class StandIns:
 @pytest.fixture
 def stand_ins(tmp_path):
     return StandIns(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Programs that a test starts can be interrupted, also where the tests run as a job in the background."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
