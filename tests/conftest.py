@@ -36,3 +36,12 @@ def data(home):
     from tests import runs
 
     return "--config.data.train=" + runs.write_data(home)
+
+
+@pytest.fixture(scope="module")
+def teacher(home, recipe, data):
+    """The flag that gives a tiny run its trained helper."""
+    from tests import runs
+
+    runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
+    return f"--config.teacher.from={home / 'teacher'}"

@@ -23,12 +23,6 @@ STEPS = ("--config.steps=24", "--config.checkpoint.every=4", "--config.checkpoin
 
 
 @pytest.fixture(scope="module")
-def teacher(home, recipe, data):
-    runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
-    return f"--config.teacher.from={home / 'teacher'}"
-
-
-@pytest.fixture(scope="module")
 def job(recipe, data, teacher):
     """launch(processes, workdir, *flags) of a helped run with eight devices."""
 

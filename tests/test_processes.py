@@ -20,12 +20,6 @@ LONG = (
 
 
 @pytest.fixture(scope="module")
-def teacher(home, recipe, data):
-    runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
-    return f"--config.teacher.from={home / 'teacher'}"
-
-
-@pytest.fixture(scope="module")
 def one(home, recipe, data, teacher):
     """(workdir, recorded batches) of an uninterrupted run of one process with eight devices."""
     finish(runs.launch(1, 8, f"{recipe}:helped", home / "one", data, teacher, *LONG, record=home / "one-batches"))

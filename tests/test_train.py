@@ -20,12 +20,6 @@ from tests import runs
 
 
 @pytest.fixture(scope="module")
-def teacher(home, recipe, data):
-    runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
-    return f"--config.teacher.from={home / 'teacher'}"
-
-
-@pytest.fixture(scope="module")
 def plain(home, recipe, data):
     """(workdir, last state) of an uninterrupted plain run."""
     return home / "plain", runs.run(recipe, home / "plain", data)
