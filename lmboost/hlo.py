@@ -85,6 +85,10 @@ class _Instruction:
     line: str
 
     @property
+    def operands(self) -> list[str]:
+        return re.findall(r"%([\w.\-]+)", self.line.split(f" {self.opcode}(", 1)[1].split(")", 1)[0])
+
+    @property
     def called(self) -> list[str]:
         found = (match.strip("{}").split(",") for match in _CALLED.findall(self.line))
         return [name.strip().lstrip("%") for name in itertools.chain(*found)]
@@ -106,39 +110,47 @@ class Program:
         if not self._entry:
             raise ValueError("this is no text of a compiled program: it has no ENTRY.")
 
-    def instructions(self) -> Iterator[tuple[_Instruction, str, int]]:
-        """(instruction, its computation, how often it runs) of what is executed; bodies of reductions are not."""
-        return self._visit(self._entry, 1)
+    def instructions(self) -> Iterator[tuple[_Instruction, str, str, int]]:
+        """(instruction, its computation, the loop's body or the like that this is fused into, how often it runs).
 
-    def _visit(self, name: str, times: int) -> Iterator[tuple[_Instruction, str, int]]:
+        Of what is executed; what a reduction adds up with is not.
+        """
+        return self._visit(self._entry, self._entry, 1)
+
+    def _visit(self, name: str, around: str, times: int) -> Iterator[tuple[_Instruction, str, str, int]]:
         for one in self._computations[name]:
-            yield one, name, times
+            yield one, name, around, times
             if one.opcode in ("async-update", "async-done"):
                 continue  # names what its start has called
-            inner = times * self._turns(one) if one.opcode == "while" else times
+            inner = times * self._turns(one, name) if one.opcode == "while" else times
             for called in one.called:
                 reduction = f"to_apply=%{called}" in one.line and one.opcode != "call"
                 if called in self._computations and not reduction:
-                    yield from self._visit(called, inner)
+                    yield from self._visit(called, around if one.opcode == "fusion" else called, inner)
 
-    def _turns(self, loop: _Instruction) -> int:
-        """How often a loop turns. jax's scans count from 0 up to a constant, which is all that their condition has."""
-        if known := re.search(r'known_trip_count":?\{"n":"(\d+)"', loop.line):
-            return int(known[1])
+    def _turns(self, loop: _Instruction, computation: str) -> int:
+        """How often a loop turns: its counter goes from one constant to another, as that of jax's scans does."""
         condition = re.search(r"condition=%?([\w.\-]+)", loop.line)[1]
-        constants = {
-            int(re.search(r"constant\((-?\d+)\)", one.line)[1])
-            for one, _, _ in self._visit(condition, 1)
-            if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape)
-        }
-        if len(constants) != 1:
-            raise ValueError(f"can't tell how often {loop.name} turns: its condition has the constants {constants}.")
-        return constants.pop()
+        inside = [one for one, _, _, _ in self._visit(condition, condition, 1)]
+        limits = [one for one in inside if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape)]
+        counters = [one for one in inside if one.opcode == "get-tuple-element" and re.match(r"[su]\d+\[\]", one.shape)]
+        if len(limits) != 1 or len(counters) != 1:
+            raise ValueError(f"can't tell how often {loop.name} turns: its condition is more than a limit.")
+        carried = self._named(loop.operands[0], computation)
+        start = self._named(carried.operands[int(re.search(r"index=(\d+)", counters[0].line)[1])], computation)
+        while start.opcode in ("copy", "bitcast"):
+            start = self._named(start.operands[0], computation)
+        if carried.opcode != "tuple" or start.opcode != "constant":
+            raise ValueError(f"can't tell how often {loop.name} turns: it begins at {start.line.strip()}.")
+        return _constant(limits[0]) - _constant(start)
+
+    def _named(self, name: str, computation: str) -> _Instruction:
+        return next(one for one in self._computations[computation] if one.name == name)
 
     def collectives(self) -> list[Collective]:
-        """Every collective of the program; one that runs in pieces is one."""
-        found, channels = [], set()
-        for one, computation, times in self.instructions():
+        """Every collective of the program; one that is fused in pieces into what it runs beside is one."""
+        found, pieces = [], set()
+        for one, computation, around, times in self.instructions():
             if transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.line):
                 if one.opcode == "send":  # the receiving half says the same
                     found.append(self._between_slices(one, transfer[1], times))
@@ -146,10 +158,11 @@ class Program:
             kind = one.opcode.removesuffix("-start")
             if kind not in KINDS:
                 continue
-            channel = re.search(r"channel_id=(\d+)", one.line)
-            if channel and (kind, channel[1]) in channels:
-                continue
-            channels.add((kind, channel and channel[1]))
+            if computation != around and not computation.startswith("all-reduce-scatter"):
+                piece = (around, kind, *re.findall(r'channel_id=(\d+)|chain_id="(\d+)"', one.line))
+                if piece in pieces:
+                    continue
+                pieces.add(piece)
             found.append(self._collective(one, kind, computation, times))
         return found
 
@@ -172,9 +185,11 @@ class Program:
         )
 
     def _operands(self, one: _Instruction, computation: str) -> tuple[Array, ...]:
-        names = re.findall(r"%([\w.\-]+)", one.line.split(f" {one.opcode}(", 1)[1].split(")", 1)[0])
-        shapes = {other.name: other.shape for other in self._computations[computation]}
-        return tuple(a for name in names for a in arrays_of(shapes[name]))
+        return tuple(a for name in one.operands for a in arrays_of(self._named(name, computation).shape))
+
+
+def _constant(one: _Instruction) -> int:
+    return int(re.search(r"constant\((-?\d+)\)", one.line)[1])
 
 
 def arrays_of(shape: str) -> tuple[Array, ...]:

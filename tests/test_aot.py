@@ -202,18 +202,25 @@ HloModule step
 ENTRY %main (a: bf16[8,64], s: f32[128]) -> f32[128] {
   %a = bf16[8,64]{1,0} parameter(0)
   %s = f32[128]{0} parameter(1)
-  %zero = s32[] constant(0)
-  %start = (s32[], bf16[8,64]{1,0}) tuple(%zero, %a)
+  %peeled = bf16[64,64]{1,0} fusion(%a), kind=kCustom, calls=%piece
+  %first = s32[] constant(1)
+  %copied = s32[] copy(%first)
+  %start = (s32[], bf16[8,64]{1,0}) tuple(%copied, %a)
   %loop = (s32[], bf16[8,64]{1,0}) while(%start), condition=%condition, body=%body
-  ROOT %r = f32[128]{0} all-reduce(%s), channel_id=4, replica_groups=mesh['x'=4,'y'=8] {'x'}, to_apply=%add
+  %r1 = f32[128]{0} all-reduce(%s), channel_id=1, replica_groups=mesh['x'=4,'y'=8] {'x'}, to_apply=%add
+  ROOT %r2 = f32[128]{0} all-reduce(%r1), channel_id=1, replica_groups={}, to_apply=%add
 }
 """
 
 
 def test_pieces_of_one_collective_count_once_and_loops_as_often_as_they_turn():
-    gather, reduce = hlo.Program(TEXT, 32).collectives()
-    assert (gather.kind, gather.group, gather.times, gather.bytes) == ("all-gather", 8, 30, 64 * 64 * 2 * 7 // 8)
-    assert (reduce.kind, reduce.group, reduce.times, reduce.bytes) == ("all-reduce", 4, 1, 2 * 128 * 4 * 3 // 4)
+    peeled, gather, *reduces = hlo.Program(TEXT, 32).collectives()
+    assert (gather.kind, gather.group, gather.times, gather.bytes) == ("all-gather", 8, 29, 64 * 64 * 2 * 7 // 8)
+    assert peeled.times == 1 and peeled.bytes == gather.bytes  # the loop's first turn, taken out of it
+    assert [(r.kind, r.group, r.times, r.bytes) for r in reduces] == [
+        ("all-reduce", 4, 1, 2 * 128 * 4 * 3 // 4),
+        ("all-reduce", 32, 1, 2 * 128 * 4 * 31 // 32),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -225,8 +232,9 @@ def test_groups_in_every_notation(groups, size):
 
 
 def test_a_loop_that_cannot_be_counted_is_an_error():
-    with pytest.raises(ValueError, match="how often"):
-        hlo.Program(TEXT.replace("constant(30)", "parameter(1)"), 32).collectives()
+    for known, unknown in (("constant(30)", "parameter(1)"), ("constant(1)", "parameter(2)")):
+        with pytest.raises(ValueError, match="how often"):
+            hlo.Program(TEXT.replace(known, unknown), 32).collectives()
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_a_start_from_it_is_the_model(home, recipe, data, published, monkeypatch
     """Before the first step; what the student computes otherwise is said."""
     seen = []
 
-    def stop(run, start, mesh, say):
+    def stop(run, start, mesh):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "_load_helpers", stop)

@@ -277,7 +277,7 @@ def test_a_hundred_restarts_change_nothing_and_leave_nothing(tmp_path, home, rec
 
 def test_two_hosts_that_die_now_and_then(tmp_path, job, whole, monkeypatch):
     """Either of them, at any moment, by SIGKILL or SIGTERM; each time both start again."""
-    monkeypatch.setenv("HARM", "die:12")
+    monkeypatch.setenv("HARM", "die:5")
     flags = ("--config.checkpoint.every=2", "--heartbeat_timeout=10")
     process = job(2, tmp_path, *flags, own=("--module=tests.harm", "--max_crashes=50", "--pause=0", "--grace=20"))
     output = finish(process)
