@@ -202,7 +202,8 @@ def test_a_full_disk_names_itself_and_spares_the_checkpoint_before(tmp_path, rec
     # A limit on the size of a file stands for a full disk: the next checkpoint cannot be written.
     shutil.rmtree(tmp_path / "tensorboard")
     (tmp_path / "manifest.json").unlink()
-    process = runs.start(recipe, tmp_path, data, "--noconfig.log.tensorboard", file_limit_kb=30)
+    flags = (data, "--noconfig.log.tensorboard", "--config.checkpoint.retry_seconds=0.1")
+    process = runs.start(recipe, tmp_path, *flags, file_limit_kb=30)
     output, _ = process.communicate()
     assert process.returncode == 2 and "Traceback" not in output, output
     assert "error: saving" in output and "the checkpoint of step 2 is whole" in output
