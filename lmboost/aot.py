@@ -258,20 +258,13 @@ def compile_phases(run: plan.Plan, mesh: Mesh, chip: str, log: str, only_first: 
         moved = Counter()
         for one in collectives:
             moved[one.kind] += one.times * one.bytes
-        memory = compiled.memory_analysis()
-        sizes = {
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-            "code": memory.generated_code_size_in_bytes,
-        }
         block = run.config.objective.block_tokens
         yield {
             "first": first,
             "end": end,
             "helps": sorted(helps),
             "seconds": time.monotonic() - began,
-            "memory": sizes | {"total": sum(sizes.values()), "limit": HBM[chip] * GIB},
+            "memory": memory_of(compiled) | {"limit": HBM[chip] * GIB},
             "flops": run.flops(first + 1) - run.flops(first),
             "collectives": dict(sorted(moved.items())),
             "largest": [describe(one) for one in sorted(collectives, key=lambda x: -x.largest.bytes)[:3]],
@@ -279,6 +272,20 @@ def compile_phases(run: plan.Plan, mesh: Mesh, chip: str, log: str, only_first: 
             "moved_stacks": [describe(x) for x in collectives if moved_stack(x, models, mesh)],
             "rematerialised": rematerialisations(log)[known:],
         }
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes that a program needs on a chip, by what for. `outputs` is what does not take an argument's place.
+
+    Temporaries are what the peak has besides; their own figure counts some twice in older compilers.
+    """
+    said = compiled.memory_analysis()
+    arguments, outputs = said.argument_size_in_bytes, said.output_size_in_bytes - said.alias_size_in_bytes
+    peak, code = said.peak_memory_in_bytes, said.generated_code_size_in_bytes
+    temporaries = peak - arguments - outputs
+    return {
+        "arguments": arguments, "outputs": outputs, "temporaries": temporaries, "code": code, "total": peak + code,
+    }  # fmt: skip
 
 
 def describe(collective: hlo.Collective) -> str:
@@ -302,6 +309,8 @@ def _named(helps: Sequence[str]) -> str:
 def show(phase: dict) -> str:
     """A phase's numbers in lines for people."""
     memory, problems = phase["memory"], []
+    if memory["total"] > memory["limit"]:
+        problems.append("  WARNING: this is more than a chip has")
     for name, says in PROBLEMS.items():
         problems += [f"  WARNING: {says}: {one}" for one in phase[name]]
     moved = ", ".join(f"{kind} {n / GIB:.3g} GiB" for kind, n in phase["collectives"].items())

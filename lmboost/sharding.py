@@ -79,14 +79,15 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     if sizes[0] % slices:
         raise UserError(
             f"mesh.data={sizes[0]} is not a multiple of the {slices} slices: the network between slices is for the "
             "data axis alone. Choose mesh.fsdp and mesh.tensor so that their product fits into one slice."
         )
     inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices)
+    grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
