@@ -234,7 +234,7 @@ def test_run_does_not_create_and_ends_with_75_when_all_is_gone(stand_ins):
 
 def test_an_interrupt_detaches(stand_ins):
     answers(stand_ins, {})
-    stand_ins.write("gcloud", f'#!/bin/bash\ncase "$*" in *follow*) touch {stand_ins.home}/follows; exec sleep 20;; '
+    stand_ins.write("gcloud", f'#!/bin/bash\ncase "$*" in *follow*) >{stand_ins.home}/follows; exec sleep 20;; '
                               '*tpu-vm*) echo READY;; *describe*) echo ACTIVE;; esac\n')  # fmt: skip
     process = subprocess.Popen(
         ["bash", TPU_VM, *UP], stderr=subprocess.PIPE, text=True, env=stand_ins.environment, start_new_session=True
