@@ -138,14 +138,14 @@ def teacher_of(c: ConfigDict, recipe: str, named: str = "") -> ModelConfig | Non
 
 def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> plan.Plan:
     """The plan of a run on TPUs, as `plan.make` has it, without data or checkpoints: no program depends on them."""
-    plan._check_numbers(c, num_devices)
-    student = plan._model(c, ModelConfig(**c.model), "model", "tpu")
+    plan.check_numbers(c, num_devices)
+    student = plan.check_model(c, ModelConfig(**c.model), "model", "tpu")
     phases = schedules.help_phases(c.objective, c.steps)
     active = frozenset().union(*(helps for _, helps in phases))
     helper = None
     if active:
         model = dataclasses.replace(teacher, dtype=c.teacher.dtype, remat="none", attention="auto")
-        helper = plan.Helper(None, plan._model(c, model, "the teacher's model", "tpu"), {})
+        helper = plan.Helper(None, plan.check_model(c, model, "the teacher's model", "tpu"), {})
     objective = plan.make_objective(c, student, helper and helper.model, active)
     selecting = tuple((first, end) for first, end, helps in plan.spans(phases, c.steps) if "select" in helps)
     rows = plan.Rows(c.batch_size, objective.select.candidates, selecting)

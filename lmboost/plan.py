@@ -109,8 +109,8 @@ class Plan:
 
 def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> Plan:
     """Checks the config against data, helpers, workdir and machine. Raises a UserError on the first misfit."""
-    _check_numbers(config, num_devices)
-    student = _model(config, ModelConfig(**config.model), "model", platform)
+    check_numbers(config, num_devices)
+    student = check_model(config, ModelConfig(**config.model), "model", platform)
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
     _check_init(config)
@@ -177,7 +177,8 @@ def make_objective(
     )
 
 
-def _check_numbers(config: ConfigDict, num_devices: int) -> None:
+def check_numbers(config: ConfigDict, num_devices: int) -> None:
+    """Raises a UserError on the first number of the config that cannot be, on so many devices."""
     for field in ("steps", "batch_size", "seq_len", "accumulation", "log.every", "checkpoint.every", "checkpoint.keep"):
         if (value := configs.flatten(config)[field]) < 1:
             raise UserError(f"{field}={value} must be at least 1.")
@@ -195,7 +196,8 @@ def _check_numbers(config: ConfigDict, num_devices: int) -> None:
         )
 
 
-def _model(config: ConfigDict, model: ModelConfig, field: str, platform: str) -> ModelConfig:
+def check_model(config: ConfigDict, model: ModelConfig, field: str, platform: str) -> ModelConfig:
+    """The model with the attention kernel of the platform. Raises a UserError, naming `field`, if it does not fit."""
     model.validate(field)
     if model.position == "learned" and config.seq_len > model.max_seq_len:
         raise UserError(
@@ -257,7 +259,7 @@ def _helper(config: ConfigDict, field: str, path: str, step: int, active: frozen
     manifest = checkpoint.read_manifest(directory)
     model = ModelConfig(**manifest["model"])
     model = dataclasses.replace(model, dtype=config.teacher.dtype, remat="none", attention="auto")
-    return Helper(directory, _model(config, model, f"the model of {field}", platform), manifest)
+    return Helper(directory, check_model(config, model, f"the model of {field}", platform), manifest)
 
 
 def _check_tokenizer(helper: Helper, field: str, data: loader.DataInfo, student: ModelConfig) -> None:
