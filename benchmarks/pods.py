@@ -21,6 +21,7 @@ RECIPES = ("salt_2p8b", "salt_8p6b", "let_7b")
 PODS = ("v5e:16x16", "v5p:4x4x4", "v6e:16x16")
 CASES = [(recipe, pod, 1) for recipe in RECIPES for pod in PODS] + [("salt_2p8b", "v5e:16x16", 2)]
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all", "all-reduce between slices")
+PROBLEMS = ("rematerialised", "moved_logits", "moved_stacks", "rounded_sums")
 GIB = 2**30
 RESULT = """\
 # Full-size recipes on TPU pods
@@ -38,8 +39,8 @@ is a whole torus the compiler does a scatter as an all-reduce of which each chip
 {rows}
 
 Received in GiB. Problems counts what `lmboost/aot.py` looks for: tensors that the partitioner could only replicate
-("involuntary full rematerialization"), collectives that move logits of more than a block of tokens, and collectives
-that move the matrices of all layers unsharded.
+("involuntary full rematerialization"), and collectives that move logits of more than a block of tokens or the matrices
+of all layers unsharded, or that add up gradients in less than float32.
 """
 
 
@@ -86,7 +87,7 @@ def row(report: dict, phase: dict, kinds: list[str]) -> str:
         pathlib.Path(report["recipe"]).stem, pod, " x ".join(map(str, report["mesh"].values())),
         " + ".join(phase["helps"]) or "alone", f"{memory['total'] / GIB:.2f} / {memory['limit'] / GIB:.0f}",
         f"{phase['flops']:.3g}", *(f"{moved[k] / GIB:.2f}" if k in moved else "" for k in kinds),
-        str(sum(len(phase[k]) for k in ("rematerialised", "moved_logits", "moved_stacks"))),
+        str(sum(len(phase[k]) for k in PROBLEMS)),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

@@ -14,7 +14,7 @@
 For each phase: memory of a chip, model FLOPs, and the collectives, with what a chip receives in one step. What a
 sharded step must not do is looked for and told: tensors that the partitioner could only replicate ("involuntary full
 rematerialization"), and collectives that move the logits of more than a block of tokens, or a stack of all layers
-unsharded. Needs libtpu (pip install "jax[tpu]"), and no TPU.
+unsharded, or that add up gradients in less than float32. Needs libtpu (pip install "jax[tpu]"), and no TPU.
 """
 
 import atexit
@@ -57,6 +57,7 @@ PROBLEMS = {
     "rematerialised": "the partitioner could only replicate",
     "moved_logits": "a collective moves logits of more than a block",
     "moved_stacks": "a collective moves all layers unsharded",
+    "rounded_sums": "gradients are added up in less than float32",
 }
 GIB = 2**30
 
@@ -240,6 +241,16 @@ def moved_stack(collective: hlo.Collective, models: Sequence[ModelConfig], mesh:
     return False
 
 
+def rounded_sum(collective: hlo.Collective, mesh: Mesh) -> bool:
+    """Whether a collective adds up floats of less than 32 bits over the devices that the batch is spread over.
+
+    Over the tensor axis it may: activations are added up there, in the compute dtype.
+    """
+    adds = collective.kind.startswith(("all-reduce", "reduce-scatter"))
+    narrow = any(a.dtype.startswith(("bf", "f")) and a.bytes < 4 * a.elements for a in collective.operands)
+    return adds and narrow and not 1 < collective.group == mesh.shape["tensor"]
+
+
 # ---------------------------------------------------------------------- the report
 
 
@@ -270,6 +281,7 @@ def compile_phases(run: plan.Plan, mesh: Mesh, chip: str, log: str, only_first: 
             "largest": [describe(one) for one in sorted(collectives, key=lambda x: -x.largest.bytes)[:3]],
             "moved_logits": [describe(x) for x in collectives if moved_logits(x, models, block, mesh)],
             "moved_stacks": [describe(x) for x in collectives if moved_stack(x, models, mesh)],
+            "rounded_sums": [describe(x) for x in collectives if rounded_sum(x, mesh)],
             "rematerialised": rematerialisations(log)[known:],
         }
 

@@ -59,6 +59,7 @@ def test_a_tiny_recipe_on_a_pod(tmp_path):
 
 def test_slices_exchange_gradients_only(tmp_path):
     flags = ("--slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--config.batch_size=32", "--phases=first")
+    flags += ("--config.model.dtype=bfloat16",)  # its gradients are added up in float32 all the same
     (phase,) = compiled("configs/salt_2p8b.py:tiny", "v5e:2x4", tmp_path, *flags)["phases"]
     check(phase)
     between = {kind: n for kind, n in phase["collectives"].items() if kind.endswith("between slices")}
@@ -108,6 +109,7 @@ def found(name, *program):
     out[name] = {
         "logits": [aot.describe(c) for c in cs if aot.moved_logits(c, [model], 1024, mesh)],
         "stacks": [aot.describe(c) for c in cs if aot.moved_stack(c, [model], mesh)],
+        "sums": [aot.describe(c) for c in cs if aot.rounded_sum(c, mesh)],
         "gathers": [(c.times, c.bytes) for c in cs if c.kind == "all-gather"],
     }
 
@@ -115,6 +117,9 @@ found("logits", lambda h, w: jnp.sort(place(place(h @ place(w), "fsdp")), axis=0
 found("head", lambda h, w: jnp.sum(jax.nn.relu(h @ place(w)) ** 2), h, table)
 found("stack", lambda x, s: layers(x, s, True), x, stack)
 found("layers", lambda x, s: layers(x, s, False), x, stack)
+
+found("rounded", lambda x: place(x.T @ x, "fsdp"), x)
+found("exact", lambda x: place(jnp.matmul(x.T, x, preferred_element_type=jnp.float32), "fsdp"), x)
 
 out["before"] = aot.rematerialisations(log)
 cube = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
@@ -158,6 +163,11 @@ def test_logits_that_are_moved_are_seen(programs):
 def test_layers_that_are_moved_in_one_piece_are_seen(programs):
     assert programs["stack"]["stacks"]
     assert not programs["layers"]["stacks"]
+
+
+def test_sums_in_bfloat16_are_seen(programs):
+    assert programs["rounded"]["sums"]
+    assert not programs["exact"]["sums"]
 
 
 def test_bytes_count_with_the_loop_around_them(programs):

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models import attention, rope
+from lmboost.models import attention, linear, rope
+from lmboost.models.linear import Dense, look_up
 from lmboost.models.model_config import ModelConfig, Segment
 
 
@@ -59,9 +60,7 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name, heads):
-            return nn.DenseGeneral(
-                (heads, c.head_dim), use_bias=c.qkv_bias, dtype=c.dtype, kernel_init=_normal(c), name=name
-            )(x_BxTxD)
+            return Dense((heads, c.head_dim), c.qkv_bias, c.dtype, _normal(c), name=name)(x_BxTxD)
 
         q_BxTxHxN, k_BxTxKxN, v_BxTxKxN = (
             project("q", c.num_heads),
@@ -85,14 +84,7 @@ class Attention(nn.Module):
             cache = cache.write(layer, k_BxTxKxN, v_BxTxKxN)
             y_BxTxHxN = attention.attend_cached(q_BxTxHxN, cache, layer, c.num_kv_heads, segment_ids, c.sliding_window)
         self.sow("intermediates", "inputs_and_heads", (x_BxTxD, y_BxTxHxN))  # for surgery/importance.py
-        o = nn.DenseGeneral(
-            c.d_model,
-            axis=(-2, -1),
-            use_bias=c.attn_out_bias,
-            dtype=c.dtype,
-            kernel_init=_normal(c, residual=True),
-            name="o",
-        )
+        o = Dense((c.d_model,), c.attn_out_bias, c.dtype, _normal(c, residual=True), in_axes=2, name="o")
         return o(y_BxTxHxN), cache
 
     def _normalise(self, x_BxTxHxN, name):
@@ -112,7 +104,7 @@ class Mlp(nn.Module):
         c = self.config
 
         def dense(name, width, residual=False):
-            return nn.Dense(width, use_bias=c.mlp_bias, dtype=c.dtype, kernel_init=_normal(c, residual), name=name)
+            return Dense((width,), c.mlp_bias, c.dtype, _normal(c, residual), name=name)
 
         h_BxTxF = dense("up", c.mlp_dim)(x_BxTxD)
         if c.mlp == "silu_gated":
@@ -257,11 +249,9 @@ class Transformer(nn.Module):
 
     def _embed_tokens(self, tokens, positions):
         c = self.config
-        # The table is gathered over fsdp before it is looked up: otherwise the rows of the batch would be.
-        table_VxD = sharding.constrain(self.embed.embedding.astype(c.dtype), ("vocab", None))
-        x_BxTxD = jnp.take(table_VxD, tokens, axis=0)
+        x_BxTxD = look_up(self.embed.embedding, tokens, "vocab", c.dtype)
         if c.position == "learned":
-            x_BxTxD = x_BxTxD + self.position_embed(positions + c.position_offset)
+            x_BxTxD += look_up(self.position_embed.embedding, positions + c.position_offset, None, c.dtype)
         return sharding.constrain(x_BxTxD, ("batch", "length", "act_embed"))
 
     def norm_last(self, x_BxTxD):
@@ -274,7 +264,7 @@ def _remat(step: Callable, policy: str) -> Callable:
     if policy == "none":
         return step
     keep = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "dots": jax.checkpoint_policies.save_only_these_names(linear.OUTPUT),
         "full": jax.checkpoint_policies.nothing_saveable,
     }[policy]
     return jax.checkpoint(step, policy=keep, prevent_cse=False)

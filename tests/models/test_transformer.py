@@ -216,6 +216,17 @@ def test_remat_changes_no_gradient():
     trees_close(none, gradient("full"))
 
 
+def test_remat_recomputes_what_it_says():
+    def products(remat):
+        config = dataclasses.replace(BASE, remat=remat, attention="xla")
+        gradient = jax.grad(lambda p: (transformer.apply(config, p, *batch())[0] ** 2).mean())
+        return str(jax.make_jaxpr(gradient)(params_of(BASE))).count("dot_general[")
+
+    dense = 6 + (BASE.mlp == "silu_gated")
+    assert products("dots") == products("none") + 2  # attention's own two
+    assert products("full") == products("dots") + dense - 1  # nothing needs the last one's output
+
+
 # Rotary positions
 
 
