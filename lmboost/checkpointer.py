@@ -136,7 +136,12 @@ class Checkpointer:
             manifest=ocp.args.JsonSave(manifest),
         )
         self._saved, self._failure, self._time = done, None, time.monotonic()
-        self._attempt(lambda: self._manager.save(done, args=items, force=True))
+        if self._broken:
+            self.close()
+            self._broken = False
+            self._attempt(self._open_anew)
+        if not self._broken:
+            self._attempt(lambda: self._manager.save(done, args=items, force=True))
 
     def finish(self, state: TrainState, done: int, position: dict[str, Any], manifest: dict[str, Any]) -> None:
         """Saves, unless these steps are saved, and waits until it is on disk. Raises a UserError if that fails.
@@ -167,13 +172,14 @@ class Checkpointer:
                 self._fail(error)
 
     def _settle(self) -> None:
-        """Waits for the save in the background; after a failure in any process all of them open anew."""
-        self._attempt(self._manager.wait_until_finished)
-        if self._broken:
-            self.close()
-            self._manager, self._broken = self._open(), False
+        """Waits for the save in the background."""
+        self._attempt(lambda: None if self._broken else self._manager.wait_until_finished())
+
+    def _open_anew(self) -> None:
+        self._manager = self._open()
 
     def _attempt(self, part: Callable[[], Any]) -> None:
+        """Does a part of a save; a failure in any process breaks the manager in all of them."""
         try:
             part()
         except Exception as error:

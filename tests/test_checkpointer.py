@@ -162,3 +162,30 @@ def test_saves_that_fail_are_said_and_made_good(tmp_path, recipe, data, trained,
     assert "WARNING: saving the checkpoint of step 3 failed (OSError: [Errno 28] No space left on device)" in said
     assert "saving the checkpoint of step 4 failed" in said
     assert steps(tmp_path) == [5, 6, 8] and same(state, trained[1])
+
+
+def test_a_directory_that_cannot_be_opened_anew_is_tried_again(tmp_path, recipe, data, trained, monkeypatch, capsys):
+    """After a failed save the manager is opened anew: that may fail, too, and is part of the next save."""
+    opened, manager = [], checkpointer.ocp.CheckpointManager
+
+    def save(self, step, **kwargs):
+        if len(opened) == 1:
+            raise OSError(28, "No space left on device")
+        return whole(self, step, **kwargs)
+
+    def construct(self, *args, **kwargs):
+        opened.append(None)
+        if len(opened) in (2, 3):
+            raise OSError(30, "Read-only file system")
+        return init(self, *args, **kwargs)
+
+    whole, init = manager.save, manager.__init__
+    monkeypatch.setattr(manager, "save", save)
+    monkeypatch.setattr(manager, "__init__", construct)
+    flags = ("--config.checkpoint.every=2", "--config.checkpoint.keep=9", "--config.checkpoint.retry_seconds=0")
+    state = runs.run(recipe, tmp_path, data, *flags)
+    said = capsys.readouterr().err
+    assert "saving the checkpoint of step 2 failed (OSError: [Errno 28]" in said
+    assert "saving the checkpoint of step 3 failed (OSError: [Errno 30] Read-only" in said
+    assert "saving the checkpoint of step 4 failed (OSError: [Errno 30] Read-only" in said
+    assert steps(tmp_path) == [5, 6, 8] and len(opened) == 4 and same(state, trained[1])
