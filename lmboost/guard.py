@@ -156,7 +156,13 @@ class Lock:
         return self._path.read_text() if self._path.exists() else ""
 
     def _renew(self) -> None:
-        self._path.write_text(self._me[:-1] + f', "time": {time.time():.0f}}}')
+        mark = self._me[:-1] + f', "time": {time.time():.0f}}}'
+        if "://" in str(self._path):  # an object is whole or not there
+            self._path.write_text(mark)
+        else:
+            partial = self._path.with_name(f"lock.{os.getpid()}")
+            partial.write_text(mark)
+            partial.replace(self._path)  # one who reads meanwhile must not take an empty file for a free directory
 
     def _keep(self) -> None:
         while not self._ended.wait(self.LEASE / 6):

@@ -98,8 +98,8 @@ def test_lower_and_compile_time_are_flat_in_depth():
     for attempt in range(4):  # each of another program, so that no cache has it
         for layers, times in seconds.items():
             jax.clear_caches()
-            began = time.perf_counter()
+            began = time.process_time()  # whatever else the machine does
             lower(mesh, 8, 128, "xla", dataclasses.replace(STUDENT, num_layers=layers), rate=attempt * 1e-3).compile()
-            times.append(time.perf_counter() - began)
-    ratio = np.median(seconds[48][1:]) / np.median(seconds[6][1:])
+            times.append(time.process_time() - began)
+    ratio = min(seconds[48][1:]) / min(seconds[6][1:])
     assert ratio < 1.3, seconds

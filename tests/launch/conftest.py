@@ -90,8 +90,9 @@ def stand_ins(tmp_path):
 
 @pytest.fixture(autouse=True)
 def interruptible():
-    """Programs that a test starts can be interrupted, also where the tests run as a job in the background."""
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Programs that a test starts can be interrupted, also where the tests run in the background, or under nohup."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hang_up)

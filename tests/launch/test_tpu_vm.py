@@ -234,7 +234,7 @@ def test_run_does_not_create_and_ends_with_75_when_all_is_gone(stand_ins):
 
 def test_an_interrupt_detaches(stand_ins):
     answers(stand_ins, {})
-    stand_ins.write("gcloud", f'#!/bin/bash\ncase "$*" in *follow*) >{stand_ins.home}/follows; exec sleep 20;; '
+    stand_ins.write("gcloud", f'#!/bin/bash\ncase "$*" in *follow*) >{stand_ins.home}/follows; exec sleep 90;; '
                               '*tpu-vm*) echo READY;; *describe*) echo ACTIVE;; esac\n')  # fmt: skip
     process = subprocess.Popen(
         ["bash", TPU_VM, *UP], stderr=subprocess.PIPE, text=True, env=stand_ins.environment, start_new_session=True
@@ -243,7 +243,7 @@ def test_an_interrupt_detaches(stand_ins):
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as the terminal does
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "detached; the run goes on" in errors
 
 
