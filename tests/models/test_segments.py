@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmboost import checkpoint, evaluate, flops, optimizers, plan, sharding, train
+from lmboost import checkpoint, evaluate, flops, metrics, optimizers, plan, sharding
 from lmboost.config import base, load
 from lmboost.errors import UserError
 from lmboost.generate import Generator
@@ -299,7 +299,7 @@ def same(a, b):
 
 
 def losses(workdir, name="loss"):
-    return [line[name] for line in train.metrics.read(str(workdir)) if line.get(name) is not None]
+    return [line[name] for line in metrics.read(str(workdir)) if line.get(name) is not None]
 
 
 @pytest.mark.slow
