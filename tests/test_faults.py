@@ -247,34 +247,6 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, recipe, data, teacher, whole
     assert json.loads(out.read_text())["fingerprints"] == final(whole[1])
 
 
-def test_a_hundred_restarts_change_nothing_and_leave_nothing(tmp_path, home, recipe, data, teacher, monkeypatch):
-    """A run that dies after two steps on average, by SIGKILL or SIGTERM at any moment, under one launcher."""
-    flags = (
-        "--config.steps=120", "--config.checkpoint.every=1", "--config.eval.every=50", "--noconfig.log.tensorboard",
-    )  # fmt: skip
-    given = (f"{recipe}:helped", tmp_path / "run", data, teacher, *flags)
-    finish(runs.launch(1, 1, f"{recipe}:helped", home / "long", data, teacher, *flags))
-    monkeypatch.setenv("HARM", "die:2")
-    process = runs.launch(1, 1, *given, own=("--module=tests.harm", "--max_crashes=200", "--pause=0"))
-    output, seen = [], []
-    for line in process.stdout:
-        output.append(line)
-        if line.startswith("launch:") and process.poll() is None:
-            seen.append(len(os.listdir(f"/proc/{process.pid}/fd")))
-            assert len(list((tmp_path / "run" / "checkpoints").glob("*"))) <= 5
-    assert process.wait() == 0, output[-50:]
-    attempts = [json.loads(line)["attempt"] for line in (tmp_path / "run" / "goodput.jsonl").read_text().splitlines()]
-    assert len(set(attempts)) > 60 and len(seen) >= 100
-    assert min(seen[-20:]) <= max(seen[:20]) and max(seen[-20:]) < min(seen[:20]) + 20, "open files"
-    newest = [checkpoint.find(str(path)) for path in (tmp_path / "run", home / "long")]
-    ends = [json.loads((path / "position" / "metadata").read_text()) for path in newest]
-    assert ends[0] == ends[1] and ends[0]["step"] == 120
-    assert losses(tmp_path / "run") == losses(home / "long")
-    assert size(tmp_path / "run") < 1.5 * size(home / "long")
-    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True).stdout.split()
-    assert not left
-
-
 def test_two_hosts_that_die_now_and_then(tmp_path, job, whole, monkeypatch):
     """Either of them, at any moment, by SIGKILL or SIGTERM; each time both start again."""
     monkeypatch.setenv("HARM", "die:7")
@@ -283,7 +255,3 @@ def test_two_hosts_that_die_now_and_then(tmp_path, job, whole, monkeypatch):
     output = finish(process)
     assert "restart 1 in" in output
     assert final(tmp_path) == final(whole[2]) and losses(tmp_path) == losses(whole[2])
-
-
-def size(directory):
-    return sum(p.stat().st_size for p in directory.rglob("*") if p.is_file())
