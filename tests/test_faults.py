@@ -249,9 +249,9 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, recipe, data, teacher, whole
 
 def test_two_hosts_that_die_now_and_then(tmp_path, job, whole, monkeypatch):
     """Either of them, at any moment, by SIGKILL or SIGTERM; each time both start again."""
-    monkeypatch.setenv("HARM", "die:7")
+    monkeypatch.setenv("HARM", "die:5")
     flags = ("--config.checkpoint.every=2", "--heartbeat_timeout=10")
     process = job(2, tmp_path, *flags, own=("--module=tests.harm", "--max_crashes=50", "--pause=0", "--grace=20"))
     output = finish(process)
-    assert "restart 1 in" in output
+    assert "restart 2 in" in output
     assert final(tmp_path) == final(whole[2]) and losses(tmp_path) == losses(whole[2])
