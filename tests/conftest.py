@@ -16,6 +16,12 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that two workers end at about the same time."""
+    longest = ("test_restarts.py", "test_faults.py", "test_processes.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A directory for a module's runs."""

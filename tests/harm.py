@@ -1,9 +1,10 @@
 """lmboost.train with one of its parts harmed, as $HARM says: python -m tests.harm FLAGS...
 
+pace:SECONDS  every step takes so many seconds more
 slow:PART     PART (step, save, evaluate) takes three seconds more once, some steps on; $MARK-PROCESS appears then
 fail:PROCESS  the process of this number cannot open its data
 save:N        the first N saves fail
-die:N         one step in N ends some milliseconds later with a SIGKILL, or with a SIGTERM
+die:N         one step in N ends some milliseconds later with a SIGKILL, or with a SIGTERM, until $MARK is there
 """
 
 import functools
@@ -20,6 +21,15 @@ import jax
 from lmboost import checkpointer, distributed, evaluate, train
 from lmboost.data import loader
 from lmboost.errors import UserError, exit_on_user_error
+
+
+def paced(part, seconds: float):
+    @functools.wraps(part)
+    def run(*args, **kwargs):
+        time.sleep(seconds)
+        return part(*args, **kwargs)
+
+    return run
 
 
 def slowed(part, calls: int):
@@ -54,7 +64,7 @@ def dying(part, most: int):
 
     @functools.wraps(part)
     def run(*args, **kwargs):
-        if draw.random() < 1 / most:
+        if draw.random() < 1 / most and not os.path.exists(os.environ.get("MARK", "")):
             end = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
             threading.Timer(draw.uniform(0, 0.2), os.kill, (os.getpid(), end)).start()
         return part(*args, **kwargs)
@@ -66,6 +76,8 @@ def harm(kind: str, what: str) -> None:
     if kind == "fail":
         error = UserError("data.train='/mnt/data': the disk is not there.")
         loader.Loader.__init__ = failing(loader.Loader.__init__, error, lambda: jax.process_index() == int(what))
+    elif kind == "pace":
+        distributed.Wish.exchange = paced(distributed.Wish.exchange, float(what))
     elif kind == "die":
         distributed.Wish.exchange = dying(distributed.Wish.exchange, int(what))
     elif kind == "save":
