@@ -17,7 +17,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that two workers end at about the same time."""
+    """The longest files first, so that two workers end at about the same time.
+
+    --no-loadscope-reorder keeps this order; without it, xdist begins with the files of the most tests.
+    """
     longest = ("test_restarts.py", "test_faults.py", "test_processes.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
