@@ -20,8 +20,9 @@ import numpy as np
 from lmboost import config, sharding
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
-from lmboost.surgery import fitness, search, view
-from lmboost.surgery.space import Orders, Space
+from lmboost.search import fitness, job
+from lmboost.search.space import Orders, Space
+from lmboost.surgery import view
 
 ROWS, TOKENS, CUTS = 16, 128, 8  # cuts of a round
 SPACE = {
@@ -83,7 +84,7 @@ def make_fitness(parent: ModelConfig, space: Space) -> fitness.Fitness:
         "tokens": tokens[..., :-1], "targets": tokens[..., 1:], "weights": np.ones(shape, np.float32),
         "segment_ids": np.ones(shape, np.int32), "positions": np.broadcast_to(np.arange(TOKENS, dtype=np.int32), shape),
     }  # fmt: skip
-    hull = view.hull_config(parent, search.largest(space))
+    hull = view.hull_config(parent, job.largest(space))
     return fitness.Fitness(parent, params, hull, batches, 1, 512)
 
 

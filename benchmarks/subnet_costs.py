@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from lmboost import config as configs
 from lmboost import flops
 from lmboost.models.model_config import ModelConfig
-from lmboost.surgery.space import Orders, Space
+from lmboost.search.space import Orders, Space
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RECIPES = ("subnet_pythia_410m", "subnet_pythia_1b", "subnet_pythia_2p8b", "subnet_smollm2", "subnet_qwen2p5")

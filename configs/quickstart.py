@@ -24,8 +24,8 @@ Hardware: two CPU cores, some minutes for each run.
 """
 
 from lmboost import config
+from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import tiny
-from lmboost.models.transformer import ModelConfig
 
 VARIANTS = ("helped", "plain", "teacher", "tiny")
 

@@ -14,7 +14,8 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -23,8 +24,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from lmboost import hf, logdir, sharding
+from lmboost import places, sharding
 from lmboost.errors import UserError
+from lmboost.hf import reader
 from lmboost.train_step import TrainState
 
 
@@ -61,8 +63,8 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
             f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.from."
         )
     parts = []
-    for name, tree, places in zip(("params", "training"), split(like), split(shardings), strict=True):
-        parts.append(_restore_tree(directory, name, tree, places))
+    for name, tree, layout in zip(("params", "training"), split(like), split(shardings), strict=True):
+        parts.append(_restore_tree(directory, name, tree, layout))
     return _join(*parts), _read_json(directory, "position")
 
 
@@ -81,13 +83,13 @@ def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[
 
 def find(path: str, step: int = -1, field: str = "from") -> epath.Path:
     """The checkpoint directory that `path` names: itself, the one of `step` (-1: the last) of a run, or "hf:DIR"."""
-    if path.startswith(hf.PREFIX):
-        return hf.find(path, step, field)
-    root = logdir.find(path, field)
+    if path.startswith(reader.PREFIX):
+        return reader.find(path, step, field)
+    root = places.find(path, field)
     if (root / "params").exists() and (root / "manifest").exists() and ocp.utils.is_checkpoint_finalized(root):
         return root
-    if not (root / "checkpoints").exists() and hf.is_directory(root):
-        raise UserError(f"{field}={path!r} is a Hugging Face Hub directory: give it as {hf.PREFIX}{path}.")
+    if not (root / "checkpoints").exists() and reader.is_directory(root):
+        raise UserError(f"{field}={path!r} is a Hugging Face Hub directory: give it as {reader.PREFIX}{path}.")
     if not (root / "checkpoints").exists():
         raise UserError(
             f"{field}={path!r} is neither a run (there is no {root / 'checkpoints'}) nor a checkpoint. "
@@ -113,8 +115,8 @@ def save_params(directory: str | os.PathLike, params: Any, manifest: dict[str, A
 
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
     """The manifest inside a checkpoint. That of a model from the Hub has no "config", as no run of ours made it."""
-    if hf.is_directory(directory):
-        return hf.read_manifest(directory)
+    if reader.is_directory(directory):
+        return reader.read_manifest(directory)
     return _read_json(directory, "manifest")
 
 
@@ -132,9 +134,9 @@ def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "floa
     another shape. Padded rows of the vocabulary that a Hub directory does not have are zero.
     """
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
-    if hf.is_directory(directory):
-        _check_same(directory, hf.shapes(directory, like["embed"]["embedding"].shape[0]), like)
-        return hf.load_params(directory, like, mesh)[0]
+    if reader.is_directory(directory):
+        _check_same(directory, reader.shapes(directory, like["embed"]["embedding"].shape[0]), like)
+        return reader.load_params(directory, like, mesh)[0]
     return _restore_tree(directory, "params", like, sharding.tree_sharding(like, mesh))
 
 
@@ -210,3 +212,12 @@ def _sums_of_bits(mesh: Mesh | None) -> Callable[[Any], Any]:
 
     everywhere = {"out_shardings": sharding.replicated(mesh)} if mesh else {}
     return jax.jit(lambda tree: jax.tree.map(reduce, tree), **everywhere)
+
+
+PACKAGES = ("lmboost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """Installed versions; "source" for a package that runs from a checkout."""
+    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
+    return {p: metadata.version(p) if p in installed else "source" for p in packages}

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ml_collections import ConfigDict
 
-from lmboost import distributed
 from lmboost.errors import UserError, nearest, one_of
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
+from lmboost.run import processes
 
 
 def base() -> ConfigDict:
@@ -187,7 +187,7 @@ def load(argv: Sequence[str]) -> tuple[ConfigDict, str]:
             overrides.append((name, value if equals else None))
             continue
         if name not in ("config", "workdir"):
-            known = ("config", "workdir", "traceback", "help", *distributed.FLAGS)
+            known = ("config", "workdir", "traceback", "help", *processes.FLAGS)
             raise UserError(f"unknown flag --{name}{nearest(name, known)}.")
         value = value if equals else next(arguments, "")
         recipe, workdir = (value, workdir) if name == "config" else (recipe, value)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from lmboost import checkpoint, hf, sharding, standalone
+from lmboost import checkpoint, sharding, standalone
 from lmboost.errors import UserError, exit_on_user_error, one_of
-from lmboost.hf import writer
+from lmboost.hf import reader, writer
 from lmboost.models import transformer
 from lmboost.models.model_config import DTYPES, ModelConfig
 
@@ -46,14 +46,14 @@ def convert(
       UserError: bad arguments, a model that one of the two sides cannot express, a damaged file, or a full disk.
     """
     one_of("--dtype", dtype, DTYPES)
-    if not (source.startswith(hf.PREFIX) or out.startswith(hf.PREFIX)):
+    if not (source.startswith(reader.PREFIX) or out.startswith(reader.PREFIX)):
         raise UserError(f"--source={source!r} and --out={out!r} are both checkpoints: give one of them as hf:DIR.")
     if max_shard_size <= 0:
         raise UserError(f"--max_shard_size={max_shard_size} must be above 0; it is in GB.")
     target = standalone.find_target(out)
     directory = checkpoint.find(source, step, "--source")
     manifest = checkpoint.read_manifest(directory)
-    model, export = ModelConfig(**manifest["model"]), out.startswith(hf.PREFIX)
+    model, export = ModelConfig(**manifest["model"]), out.startswith(reader.PREFIX)
     if export:
         writer.family_of(model)  # a misfit is an error before anything is read
     coder = standalone.find_tokenizer(directory, manifest, tokenizer, model, needed=export)
@@ -72,10 +72,10 @@ def convert(
 def _load(directory: epath.Path, model: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> tuple[Any, list[str]]:
     """Parameters, and lines that say where a Hub directory's tensors went."""
     like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    if not hf.is_directory(directory):
+    if not reader.is_directory(directory):
         return checkpoint.load_params(directory, like, mesh, dtype), []
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
-    return hf.load_params(directory, like, mesh)
+    return reader.load_params(directory, like, mesh)
 
 
 def main() -> None:

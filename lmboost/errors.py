@@ -1,6 +1,7 @@
 """Errors that the user can mend, how a verb ends on one, and what its exit status says to a launcher."""
 
 import difflib
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -63,3 +64,20 @@ def exit_at_once(status: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def number(field: str, value: float, low: float = 0.0, below: float = math.inf) -> float:
+    """Returns `value` if low <= value < below, else raises a UserError naming the field."""
+    if not low <= value < below:  # false for NaN, too
+        expected = (
+            f"a finite number, at least {low:g}" if below == math.inf else f"at least {low:g} and below {below:g}"
+        )
+        raise UserError(f"{field}={value} is out of range: expected {expected}.")
+    return float(value)
+
+
+def fraction(field: str, value: float) -> float:
+    """Returns `value` if it is between 0 and 1, else raises a UserError naming the field."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{field}={value} is not a fraction: expected a number from 0 to 1.")
+    return float(value)

@@ -23,7 +23,7 @@ from lmboost.data import loader
 from lmboost.data.tokenizer import find_for
 from lmboost.errors import UserError, exit_on_user_error
 from lmboost.models import attention, transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from lmboost.train_step import make_eval_step
 
 

@@ -4,7 +4,7 @@ Model FLOPs: what the mathematics asks for. Rematerialised activations and padde
 counted, so a utilisation computed from them is MFU in the sense of PaLM (arXiv 2204.02311, appendix B).
 """
 
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`. Vendors' specifications:
 # https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and NVIDIA's data sheets (without sparsity).

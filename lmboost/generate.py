@@ -22,10 +22,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from lmboost import checkpoint, objective, sharding
+from lmboost import checkpoint, sharding
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError, exit_on_user_error, one_of
-from lmboost.models import attention, transformer
+from lmboost.models import attention, transformer, vocabulary
 from lmboost.models.model_config import DTYPES, ModelConfig
 
 _LOOK_EVERY = 32  # tokens between two looks at the text, where text decides when to stop
@@ -58,7 +58,7 @@ def sample(logits_BxV: jax.Array, keys_Bx2: jax.Array, sampling: Sampling) -> ja
     if sampling.top_k or sampling.top_p < 1:
         logits, ids = jax.lax.top_k(logits, min(sampling.top_k or vocab, vocab))
         p = jax.nn.softmax(logits)
-        logits = jnp.where(jnp.cumsum(p, axis=-1) - p < sampling.top_p, logits, objective.NEGATIVE)
+        logits = jnp.where(jnp.cumsum(p, axis=-1) - p < sampling.top_p, logits, vocabulary.NEGATIVE)
     choice_B = jax.vmap(jax.random.categorical)(keys_B, logits)
     return choice_B.astype(jnp.int32) if ids is None else jnp.take_along_axis(ids, choice_B[:, None], axis=1)[:, 0]
 
@@ -120,7 +120,7 @@ def _decode(program: Program, params, state: State, until, ended_Bx1) -> State:
 
 def _append(program: Program, params, state: State, h_BxD) -> State:
     """The state with one more token, drawn from the last hidden state."""
-    logits_BxV = objective.project(h_BxD, objective.Head(transformer.head(params), program.vocab_size))
+    logits_BxV = vocabulary.project(h_BxD, vocabulary.Head(transformer.head(params), program.vocab_size))
     logits_BxV = sharding.constrain(logits_BxV, ("batch", None))
 
     def draw(logits_BxV, keys_Bx2):

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from lmboost import objective, sharding
+from lmboost import sharding
 from lmboost.data.tokenizer import Tokenizer
 from lmboost.errors import UserError, nearest
 from lmboost.generate import Generator, Sampling, bucket
-from lmboost.models import attention, transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models import attention, transformer, vocabulary
+from lmboost.models.model_config import ModelConfig
 
 # The harness estimates some errors by bootstrap, in processes that it forks: with jax running, these may hang.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -67,22 +67,22 @@ def _score(model: ModelConfig, block_tokens: int, params, rows: Mapping[str, jax
     h_BxCxD = sharding.constrain(h_BxCxD, ("batch", "length", "act_embed"))
 
     shards = sharding.batch_shards()
-    blocks = objective.num_blocks(*targets_BxC.shape, block_tokens, shards)
+    blocks = vocabulary.num_blocks(*targets_BxC.shape, block_tokens, shards)
     kernel = sharding.constrain(transformer.head(params).astype(h_BxCxD.dtype), (None, "vocab"))
 
     def one_block(_, block):
         h, labels = block
-        logits = objective.project(h, objective.Head(kernel, model.vocab_size))
+        logits = vocabulary.project(h, vocabulary.Head(kernel, model.vocab_size))
         logits = sharding.constrain(logits, ("batch", None, None, "vocab"))
-        label_logits = objective.pick(logits, labels)
+        label_logits = vocabulary.pick(logits, labels)
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         labels, least = labels[..., None], label_logits[..., None]
         better = (logits > least) | ((logits == least) & (ids < labels))
         return None, (label_logits - jax.nn.logsumexp(logits, axis=-1), ~jnp.any(better, axis=-1))
 
-    xs = tuple(objective.split_blocks(x, shards, blocks) for x in (h_BxCxD, targets_BxC))
+    xs = tuple(vocabulary.split_blocks(x, shards, blocks) for x in (h_BxCxD, targets_BxC))
     _, found = jax.lax.scan(one_block, None, xs)
-    return tuple(sharding.constrain(objective.join_blocks(x, targets_BxC.shape), (None, None)) for x in found)
+    return tuple(sharding.constrain(vocabulary.join_blocks(x, targets_BxC.shape), (None, None)) for x in found)
 
 
 class LanguageModel(TemplateLM):

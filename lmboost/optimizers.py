@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import optax
 
-from lmboost import schedules
+from lmboost import errors, schedules
 from lmboost.errors import one_of
 
 NAMES = ("adamw", "adafactor", "muon", "lion")
@@ -53,11 +53,11 @@ def make_optimizer(config, steps: int, params_shapes: Any) -> tuple[optax.Gradie
       UserError: an unknown name, or a number out of range.
     """
     name = one_of("optimizer.name", config.name, NAMES)
-    b1 = schedules.number("optimizer.b1", config.b1, below=1.0)
-    b2 = schedules.number("optimizer.b2", config.b2, below=1.0)
-    eps = schedules.number("optimizer.eps", config.eps)
-    clip = schedules.number("optimizer.clip_norm", config.clip_norm)
-    decay = schedules.number("optimizer.weight_decay", config.weight_decay)
+    b1 = errors.number("optimizer.b1", config.b1, below=1.0)
+    b2 = errors.number("optimizer.b2", config.b2, below=1.0)
+    eps = errors.number("optimizer.eps", config.eps)
+    clip = errors.number("optimizer.clip_norm", config.clip_norm)
+    decay = errors.number("optimizer.weight_decay", config.weight_decay)
     rate = schedules.learning_rate(config, steps)
     direction = {
         "adamw": lambda: optax.scale_by_adam(b1, b2, eps),

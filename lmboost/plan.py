@@ -4,26 +4,24 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from lmboost import align, checkpoint, flops, logdir, schedules, select, sharding
+from lmboost import checkpoint, flops, places, schedules, sharding
 from lmboost import config as configs
+from lmboost.checkpoint import PACKAGES, versions
 from lmboost.data import loader
+from lmboost.data.rows import Rows, parse_ranges
 from lmboost.errors import UserError, one_of
 from lmboost.models import attention
-from lmboost.models.transformer import ModelConfig
-from lmboost.objective import Distillation
-from lmboost.rows import Rows, parse_ranges
+from lmboost.models.model_config import ModelConfig
+from lmboost.objective import align, select
+from lmboost.objective.kd import Distillation
 from lmboost.surgery import inherit
 from lmboost.train_step import Objective
-
-PACKAGES = ("lmboost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +292,7 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
 
 def read_manifest(workdir: str) -> dict[str, Any] | None:
     """The manifest of the run in `workdir`, if there is one."""
-    path = logdir.find(workdir) / "manifest.json"
+    path = places.find(workdir) / "manifest.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -316,9 +314,3 @@ def _manifest(config, student, train_data, validation_data, teacher, scorer) -> 
         "command": [os.path.basename(sys.executable), *sys.argv],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
-
-
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed versions; "source" for a package that runs from a checkout."""
-    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
-    return {p: metadata.version(p) if p in installed else "source" for p in packages}

@@ -20,8 +20,8 @@ import rich.markup
 import rich.table
 from etils import epath
 
-from lmboost import goodput, metrics
 from lmboost.errors import UserError, exit_on_user_error
+from lmboost.run import goodput, metrics, progress
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the baseline's tokens
 FINAL_FIELDS = ("val_loss", "val_perplexity", "val_bits_per_byte")
@@ -218,7 +218,7 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         losses.append([name, *(_cell(v, "{:.4f}") for v in [*row["loss_at"].values(), row["final"]["val_loss"]])])
         bound = "≤ " if row["reached_by_first_evaluation"] else ""
         tokens = row["tokens_to_target"]
-        tokens = "-" if tokens is None else bound + metrics.short(tokens)
+        tokens = "-" if tokens is None else bound + progress.short(tokens)
         cells = [name, tokens, _cell(row["tokens_fraction"], bound + "{:.2f}")]
         for what in ("flops", "flops_with_helper") if helper else ("flops",):
             spent = row[what + "_to_target" if what == "flops" else what]
@@ -255,7 +255,7 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
     notes = [
         f"Target: the baseline's final validation loss, {report['target_loss']:.4f} nats per token ({final}). "
         "A run reaches it where its loss first is that low, linearly between evaluations; - is never or not known.",
-        f"The baseline's whole run: {metrics.short(report['baseline']['total']['tokens'])} tokens"
+        f"The baseline's whole run: {progress.short(report['baseline']['total']['tokens'])} tokens"
         + (f", {flops:.3g} FLOPs." if (flops := report["baseline"]["total"]["flops"]) else "."),
     ]
     if report["helper_flops"] is not None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmboost.errors import UserError, one_of
+from lmboost.errors import UserError, fraction, number, one_of
 
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 HANDOVERS = ("hard", "linear", "linear_ratio", "constant")
@@ -142,23 +142,6 @@ def help_phases(config, steps: int) -> list[tuple[int, frozenset[str]]]:
 def active_helps(phases: Sequence[tuple[int, frozenset[str]]], step: int) -> frozenset[str]:
     """The helps of the phase that `step` lies in."""
     return next(active for first, active in reversed(phases) if step >= first)
-
-
-def number(field: str, value: float, low: float = 0.0, below: float = math.inf) -> float:
-    """Returns `value` if low <= value < below, else raises a UserError naming the field."""
-    if not low <= value < below:  # false for NaN, too
-        expected = (
-            f"a finite number, at least {low:g}" if below == math.inf else f"at least {low:g} and below {below:g}"
-        )
-        raise UserError(f"{field}={value} is out of range: expected {expected}.")
-    return float(value)
-
-
-def fraction(field: str, value: float) -> float:
-    """Returns `value` if it is between 0 and 1, else raises a UserError naming the field."""
-    if not 0 <= value <= 1:
-        raise UserError(f"{field}={value} is not a fraction: expected a number from 0 to 1.")
-    return float(value)
 
 
 def _schedule(formula: Callable[[Any, Any], Any]) -> Schedule:

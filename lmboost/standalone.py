@@ -10,11 +10,11 @@ from typing import Any
 
 from etils import epath
 
-from lmboost import checkpoint, hf, plan
+from lmboost import checkpoint
 from lmboost.data import records
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError
-from lmboost.hf import tokenizer_files
+from lmboost.hf import reader, tokenizer_files
 from lmboost.models.model_config import ModelConfig
 
 
@@ -22,7 +22,7 @@ def find_target(out: str) -> pathlib.Path:
     """The directory that `--out` names, to be made; it may exist if it is empty."""
     if "://" in out:
         raise UserError(f"--out={out!r}: expected a local directory.")
-    target = pathlib.Path(out.removeprefix(hf.PREFIX)).expanduser().absolute()
+    target = pathlib.Path(out.removeprefix(reader.PREFIX)).expanduser().absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--out={out!r} exists and is not empty: choose another directory, or remove it.")
     return target
@@ -51,7 +51,7 @@ def write_checkpoint(
     directory: pathlib.Path, params: Any, manifest: dict[str, Any], tokenizer: tokenizers.Tokenizer | None
 ) -> None:
     """Makes `directory` a checkpoint of parameters and a manifest, with the tokenizer in it."""
-    about = {"versions": plan.versions(plan.PACKAGES), "command": sys.argv}
+    about = {"versions": checkpoint.versions(checkpoint.PACKAGES), "command": sys.argv}
     checkpoint.save_params(directory, params, manifest | about)
     if tokenizer:
         tokenizer_files.copy(tokenizer, directory / "tokenizer")

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from lmboost import checkpoint
 from lmboost.errors import UserError
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from lmboost.plan import Plan
 from lmboost.surgery import inherit, subnet
 

@@ -34,27 +34,16 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import (
-    checkpoint,
-    config,
-    distributed,
-    evaluate,
-    goodput,
-    guard,
-    logdir,
-    optimizers,
-    plan,
-    sharding,
-    start,
-)  # fmt: skip
-from lmboost.checkpointer import Checkpointer
+from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start  # fmt: skip
 from lmboost.data import loader, tokenizer
-from lmboost.distributed import say
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error
-from lmboost.logdir import LogDir
-from lmboost.metrics import take_over
 from lmboost.models import transformer
-from lmboost.run_log import RunLog
+from lmboost.run import goodput, guard, lock, processes
+from lmboost.run.checkpointer import Checkpointer
+from lmboost.run.log import RunLog
+from lmboost.run.logdir import LogDir
+from lmboost.run.metrics import take_over
+from lmboost.run.processes import say
 from lmboost.train_step import TrainState, init_params, init_state, jit_train_step
 
 
@@ -67,7 +56,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
     """
     # ------------------------------------------------------------------ what is asked for, checked
     started = time.time() if started is None else started
-    with distributed.together("reading the config"):
+    with processes.together("reading the config"):
         run = plan.make(c, workdir, jax.default_backend(), jax.device_count())
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     say(f"student: {run.student.num_params():,} parameters, mesh {dict(mesh.shape)}")
@@ -75,7 +64,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
     with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
         keep = lambda thing: closing.callback(thing.close) and thing  # noqa: E731
         # -------------------------------------------------------------- data
-        with distributed.together("opening the data and the workdir"):
+        with processes.together("opening the data and the workdir"):
             data = loader.Loader(
                 c.data.train, "train", c.seq_len, c.seed, *sharding.host_share(mesh), workers=c.data.workers
             )
@@ -84,7 +73,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 c.objective.block_tokens,
             )  # fmt: skip
             tasks = _tasks(run, mesh) if c.eval.tasks else None
-            keep(guard.Lock(workdir))
+            keep(lock.Lock(workdir))
             log_dir = keep(LogDir(workdir))
         clock = goodput.Clock(log_dir.path, started=started)
         watch = keep(guard.Watchdog(c.watchdog.seconds))
@@ -265,7 +254,7 @@ def _load_helpers(run: plan.Plan, step: int, mesh: Mesh) -> dict[str, Any]:
 
 def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> dict[str, Any]:
     """Writes WORKDIR/manifest.json, with the fingerprints of the helpers; they must be those of an earlier start."""
-    manifest, path = dict(run.manifest), logdir.find(workdir) / "manifest.json"
+    manifest, path = dict(run.manifest), places.find(workdir) / "manifest.json"
     old = plan.read_manifest(workdir) or {}
     for name, params in helpers.items():
         mark = checkpoint.fingerprint(params)
@@ -300,9 +289,9 @@ def _quiet_libraries() -> None:
 def main(argv: list[str]) -> None:
     if "--traceback" not in argv:
         _quiet_libraries()
-    cluster, rest = distributed.parse([a for a in argv if a != "--traceback"])
+    cluster, rest = processes.parse([a for a in argv if a != "--traceback"])
     c, workdir = config.load(rest)
-    distributed.start(cluster)
+    processes.start(cluster)
     if jax.process_count() == 1:
         train(c, workdir, goodput.process_start())
         return

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lmboost import align, sharding
-from lmboost import objective as objectives
-from lmboost import select as selects
-from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost import sharding
+from lmboost.models import transformer, vocabulary
+from lmboost.models.model_config import ModelConfig
+from lmboost.objective import align, kd
+from lmboost.objective import blend as objectives
+from lmboost.objective import select as selects
 
 Batch = Mapping[str, jax.Array]  # tokens, targets, segment_ids, positions, weights: each [rows, T]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
@@ -40,7 +41,7 @@ class TrainState(flax.struct.PyTreeNode):
 class Objective:
     """The terms of the loss and their weights as functions of the step."""
 
-    kd: objectives.Distillation
+    kd: kd.Distillation
     align: align.Alignment | None
     select: selects.Selection
     kd_weight: Callable[[jax.Array], jax.Array]
@@ -109,10 +110,10 @@ def make_train_step(
         h, captured = _forward(student, params["model"], batch, capture=guides, taps=taps)
         kd = {}
         if "kd" in helps:
-            teacher_head = objectives.Head(transformer.head(helpers["teacher"]), teacher.vocab_size)
+            teacher_head = vocabulary.Head(transformer.head(helpers["teacher"]), teacher.vocab_size)
             kd = {"kd": objective.kd, "teacher_h": h_teacher, "teacher": teacher_head}
         sums = objectives.blend(
-            h, objectives.Head(transformer.head(params["model"]), student.vocab_size), batch["targets"], weights,
+            h, vocabulary.Head(transformer.head(params["model"]), student.vocab_size), batch["targets"], weights,
             _coefficients(objective, helps, step), block_tokens=objective.block_tokens, **kd,
         )  # fmt: skip
         loss, align_sum = sums.loss, jnp.zeros((), jnp.float32)
@@ -212,7 +213,7 @@ def make_eval_step(student: ModelConfig, block_tokens: int) -> Callable[[Any, Ba
 
     def step_fn(params, batch):
         h, _ = _forward(student, params, batch)
-        head = objectives.Head(transformer.head(params), student.vocab_size)
+        head = vocabulary.Head(transformer.head(params), student.vocab_size)
         sums = objectives.blend(h, head, batch["targets"], batch["weights"], block_tokens=block_tokens)
         return sums.ce, sums.count
 
@@ -242,7 +243,7 @@ def _select(objective: Objective, scorer: ModelConfig, params, candidates: Batch
     selection = objective.select
     rows = candidates["tokens"].shape[0]
     batch_size, parts = rows // selection.candidates, selection.candidates * accumulation
-    head = objectives.Head(transformer.head(params), scorer.vocab_size)
+    head = vocabulary.Head(transformer.head(params), scorer.vocab_size)
 
     def score(part):
         h, _ = _forward(scorer, params, part)

@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
     --no-loadscope-reorder keeps this order; without it, xdist begins with the files of the most tests.
     """
-    longest = ("test_restarts.py", "test_faults.py", "test_processes.py")
+    longest = ("test_restarts.py", "test_faults.py", "test_hosts.py")
     items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 

@@ -18,9 +18,10 @@ import time
 
 import jax
 
-from lmboost import checkpointer, distributed, evaluate, train
+from lmboost import evaluate, train
 from lmboost.data import loader
 from lmboost.errors import UserError, exit_on_user_error
+from lmboost.run import checkpointer, processes
 
 
 def paced(part, seconds: float):
@@ -77,9 +78,9 @@ def harm(kind: str, what: str) -> None:
         error = UserError("data.train='/mnt/data': the disk is not there.")
         loader.Loader.__init__ = failing(loader.Loader.__init__, error, lambda: jax.process_index() == int(what))
     elif kind == "pace":
-        distributed.Wish.exchange = paced(distributed.Wish.exchange, float(what))
+        processes.Wish.exchange = paced(processes.Wish.exchange, float(what))
     elif kind == "die":
-        distributed.Wish.exchange = dying(distributed.Wish.exchange, int(what))
+        processes.Wish.exchange = dying(processes.Wish.exchange, int(what))
     elif kind == "save":
         left = iter(range(int(what)))
         error = OSError(28, "No space left on device")
@@ -91,7 +92,7 @@ def harm(kind: str, what: str) -> None:
     elif what == "evaluate":
         evaluate.Validation.__call__ = slowed(evaluate.Validation.__call__, 2)
     elif what == "step":
-        distributed.Wish.exchange = slowed(distributed.Wish.exchange, 4)
+        processes.Wish.exchange = slowed(processes.Wish.exchange, 4)
 
 
 if __name__ == "__main__":

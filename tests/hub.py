@@ -10,7 +10,7 @@ from lmboost import sharding
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.hf import files, writer
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 VOCAB = 301  # of the models: no multiple of anything
 LLAMA = ModelConfig(

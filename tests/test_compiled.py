@@ -12,11 +12,11 @@ import optax
 import pytest
 
 from lmboost import sharding
-from lmboost.align import Alignment
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
-from lmboost.objective import Distillation
-from lmboost.select import Selection
+from lmboost.models.model_config import ModelConfig
+from lmboost.objective.align import Alignment
+from lmboost.objective.kd import Distillation
+from lmboost.objective.select import Selection
 from lmboost.train_step import Objective, init_params, init_state, make_train_step
 
 # A vocabulary so large against everything else that only logits can have B x T x V elements.

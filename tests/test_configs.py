@@ -13,8 +13,8 @@ import pytest
 from lmboost import config
 from lmboost.errors import UserError
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
-from lmboost.surgery.space import Orders, Space
+from lmboost.models.model_config import ModelConfig
+from lmboost.search.space import Orders, Space
 
 # Trained without help, and "nokd", whose only help is the start that the search gives it.
 ALONE = ("plain", "teacher", "reference", "scratch", "double", "shallow", "half_width", "parent", "nokd")

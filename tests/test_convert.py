@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from lmboost import checkpoint, convert, evaluate, hf, train
+from lmboost import checkpoint, convert, evaluate, train
 from lmboost.errors import UserError
+from lmboost.hf import reader
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from tests import hub, runs
 
 SHORT = "--config.steps=2"
@@ -206,4 +207,4 @@ def test_the_verb(tmp_path, published):
     assert done.returncode == 0 and "-> head [32, 320]" in done.stdout
     done = subprocess.run([*command, f"--out={tmp_path / 'out'}"], capture_output=True, text=True, cwd=runs.ROOT)
     assert done.returncode == 2 and "error: --out=" in done.stderr and "Traceback" not in done.stderr
-    assert hf.PREFIX == "hf:" and checkpoint.find(str(tmp_path / "out")).name == "out"
+    assert reader.PREFIX == "hf:" and checkpoint.find(str(tmp_path / "out")).name == "out"

@@ -13,7 +13,7 @@ from lmboost import optimizers, sharding
 from lmboost.config import base
 from lmboost.errors import UserError
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 SMALL = ModelConfig(
     vocab_size=24, num_layers=3, d_model=8, num_heads=4, num_kv_heads=2, head_dim=4, mlp_dim=12, max_seq_len=16,

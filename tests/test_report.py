@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmboost import goodput, report, report_plot
+from lmboost import report, report_plot
 from lmboost.errors import UserError
+from lmboost.run import goodput
 
 
 def save(directory, losses, every=100, flops_per_token=10.0, fingerprint=None, extra=()):

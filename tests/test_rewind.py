@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lmboost import metrics
 from lmboost.data import loader
 from lmboost.errors import UserError
+from lmboost.run import metrics
 from tests import runs
 
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from lmboost import sharding
 from lmboost.errors import UserError
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 CONFIG = ModelConfig(
     vocab_size=256, num_layers=2, d_model=64, num_heads=4, num_kv_heads=2, head_dim=16, mlp_dim=128, max_seq_len=32,

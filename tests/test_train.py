@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmboost import checkpoint, evaluate, run_log, train
+from lmboost import checkpoint, evaluate, train
 from lmboost.errors import UserError
+from lmboost.models import model_config
+from lmboost.run import log
 from tests import runs
 
 
@@ -54,7 +56,7 @@ def test_a_run_writes_its_numbers_and_a_manifest(helped):
     training = [line for line in lines(workdir) if "loss" in line]
     assert [line["step"] for line in training] == list(range(1, 9))
     for line in training:
-        assert set(run_log.FIELDS) <= set(line) and line["mfu"] is None
+        assert set(log.FIELDS) <= set(line) and line["mfu"] is None
         assert line["tokens"] == line["step"] * 8 * 32
     assert [line["kept_fraction"] for line in training] == [0.5, 0.5] + [None] * 6
     assert [line["align"] is None for line in training] == [False] * 4 + [True] * 4
@@ -90,7 +92,7 @@ def test_the_teacher_is_unchanged_and_in_no_checkpoint(home, helped):
 def _teacher_shapes(directory):
     from lmboost.models import transformer
 
-    model = transformer.ModelConfig(**checkpoint.read_manifest(directory)["model"])
+    model = model_config.ModelConfig(**checkpoint.read_manifest(directory)["model"])
     return jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
 
 
@@ -133,7 +135,7 @@ def test_a_finished_run_is_left_alone(plain, recipe, data, capsys):
 @pytest.mark.parametrize("stop", [2, 5])
 def test_it_goes_on_bitwise_from_where_it_stopped(stop, tmp_path, recipe, data, teacher, helped, monkeypatch):
     """Steps after the last checkpoint are done again. Stopped while the teacher helps, and after it."""
-    profile = run_log.RunLog.profile
+    profile = log.RunLog.profile
 
     def stopping(log, step):
         if step == stop:
@@ -141,7 +143,7 @@ def test_it_goes_on_bitwise_from_where_it_stopped(stop, tmp_path, recipe, data, 
         profile(log, step)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(run_log.RunLog, "profile", stopping)
+        patch.setattr(log.RunLog, "profile", stopping)
         runs.run(f"{recipe}:helped", tmp_path, data, teacher)
     state = runs.run(f"{recipe}:helped", tmp_path, data, teacher)
     assert same(state, helped[1]) and same(restored(tmp_path, state), helped[1])

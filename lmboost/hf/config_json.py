@@ -12,7 +12,7 @@ from lmboost.errors import UserError
 from lmboost.hf import files
 from lmboost.hf.families import FAMILIES
 from lmboost.hf.family import KINDS, Family, Keys
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 # Keys that change nothing about what is computed from tokens, dropout left out.
 _HARMLESS = frozenset(

@@ -7,7 +7,7 @@ from typing import Any
 
 from lmboost.hf import family
 from lmboost.hf.family import ACTIVATION_NAMES, ROPE_KEYS, Family, Keys
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 _BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias")
 _PLAIN = {

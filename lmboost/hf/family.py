@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lmboost.errors import UserError
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 
 class Keys:

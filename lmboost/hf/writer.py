@@ -15,7 +15,7 @@ from lmboost.errors import UserError
 from lmboost.hf import files, tokenizer_files, weights
 from lmboost.hf.families import FAMILIES, QWEN2
 from lmboost.hf.family import Family
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import widen
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}

@@ -7,7 +7,7 @@ checkpoints, so that these load without resizing.
 import dataclasses
 
 from lmboost.errors import UserError, nearest
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 
 def _gpt2(layers: int, width: int, heads: int) -> ModelConfig:

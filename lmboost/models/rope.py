@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 if TYPE_CHECKING:
-    from lmboost.models.transformer import ModelConfig
+    from lmboost.models.model_config import ModelConfig
 
 
 def apply(x_BxTxHxN: jax.Array, positions: jax.Array, config: "ModelConfig") -> jax.Array:

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from lmboost import config as configs
+from lmboost import rank, rounds
 from lmboost.errors import UserError, exit_on_user_error, nearest
-from lmboost.surgery import files, grow, inherit, rank_report
+from lmboost.surgery import files, inherit
 
 
 def main(argv: Sequence[str]) -> None:
@@ -35,12 +36,12 @@ def _rank(argv: Sequence[str]) -> None:
     parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
     parser.add_argument("--rows", type=int, default=100, help="sequences that are averaged")
     parser.add_argument("--tokens", type=int, default=100, help="of a sequence")
-    rank_report.write(**vars(parser.parse_args(argv)))
+    rank.write(**vars(parser.parse_args(argv)))
 
 
 def _grow(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
-        "lmboost.surgery grow", description=grow.__doc__.split("\n")[0], allow_abbrev=False
+        "lmboost.surgery grow", description=rounds.__doc__.split("\n")[0], allow_abbrev=False
     )
     parser.add_argument("--reference", required=True, help="the run or checkpoint that is inherited from")
     parser.add_argument("--first", type=int, default=0, help="layers of the first round; 0 is half of them")
@@ -49,7 +50,7 @@ def _grow(argv: Sequence[str]) -> None:
     parser.add_argument("--last", type=int, default=1, help="evaluations at a round's end that are averaged")
     flags, rest = parser.parse_known_args(argv)
     config, workdir = configs.load(rest)
-    grow.grow(config, workdir, **vars(flags))
+    rounds.grow(config, workdir, **vars(flags))
 
 
 def _inherit(argv: Sequence[str]) -> None:

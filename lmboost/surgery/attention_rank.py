@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmboost.models import attention, transformer
-from lmboost.models.transformer import Block, ModelConfig
+from lmboost.models.model_config import ModelConfig
+from lmboost.models.transformer import Block
 
 SHARE = 0.90  # of the squared norm
 

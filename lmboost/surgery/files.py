@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import jax
 
-from lmboost import checkpoint, hf, sharding, standalone
+from lmboost import checkpoint, sharding, standalone
 from lmboost.errors import UserError
+from lmboost.hf import reader
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import inherit
@@ -41,7 +42,7 @@ def write_inherited(
       UserError: layers that are not the parent's, not in order or named twice, a part that is not known, no such
         parent, an `out` that is not empty, or a full disk.
     """
-    if out.startswith(hf.PREFIX):
+    if out.startswith(reader.PREFIX):
         raise UserError(f"--out={out!r}: a checkpoint is written; lmboost.convert makes a Hub directory of it.")
     target = standalone.find_target(out)
     directory = checkpoint.find(parent, step, "--parent")

@@ -28,7 +28,8 @@ from jax.sharding import Mesh
 from lmboost import sharding
 from lmboost.errors import UserError
 from lmboost.models import transformer
-from lmboost.models.transformer import Block, ModelConfig
+from lmboost.models.model_config import ModelConfig
+from lmboost.models.transformer import Block
 
 
 @dataclasses.dataclass(frozen=True)

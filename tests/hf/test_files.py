@@ -15,7 +15,7 @@ from lmboost import checkpoint
 from lmboost.errors import UserError
 from lmboost.hf import files, weights, writer
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from tests import hub
 
 

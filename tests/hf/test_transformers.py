@@ -16,7 +16,7 @@ from lmboost import checkpoint, sharding  # noqa: E402
 from lmboost.data import tokenizer as tokenizer_lib  # noqa: E402
 from lmboost.hf import config_json, tokenizer_files, weights, writer  # noqa: E402
 from lmboost.models import transformer  # noqa: E402
-from lmboost.models.transformer import ModelConfig  # noqa: E402
+from lmboost.models.model_config import ModelConfig  # noqa: E402
 from tests import hub  # noqa: E402
 
 pytestmark = pytest.mark.peers

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmboost import checkpoint, evaluate, flops, metrics, optimizers, plan, sharding
+from lmboost import checkpoint, evaluate, flops, optimizers, plan, sharding
 from lmboost.config import base, load
 from lmboost.errors import UserError
 from lmboost.generate import Generator
 from lmboost.models import attention, transformer
-from lmboost.models.model_config import LayerSizes, format_sizes, parse_sizes
-from lmboost.models.transformer import Block, ModelConfig
+from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes, parse_sizes
+from lmboost.models.transformer import Block
+from lmboost.run import metrics
 from lmboost.surgery import attention_rank
 from tests import runs
 from tests.models.test_transformer import GRID, apply, batch, cached, close, params_of, state_and_gradient, trees_close

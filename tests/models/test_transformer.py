@@ -12,8 +12,8 @@ import pytest
 from lmboost import sharding
 from lmboost.errors import UserError
 from lmboost.models import model_config, rope, transformer
+from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import PRESETS, tiny
-from lmboost.models.transformer import ModelConfig
 
 BASE = ModelConfig(
     vocab_size=97, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=48, max_seq_len=32,

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import erf
 
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from lmboost.surgery.subnet import Cut, LayerCut
 
 GPT2 = ModelConfig(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lmboost.models import attention, transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import attention_rank
 
 T = 100

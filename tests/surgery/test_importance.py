@@ -10,7 +10,7 @@ import pytest
 from lmboost import sharding
 from lmboost.errors import UserError
 from lmboost.models import attention, rope, transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import importance
 
 B, T = 8, 12

@@ -12,7 +12,7 @@ from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
 from lmboost.hf import writer
 from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
+from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import subnet, widen
 from tests import dense, hub
 from tests.surgery import masked

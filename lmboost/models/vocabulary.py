@@ -1,0 +1,61 @@
+"""From hidden states to logits, a block of tokens at a time.
+
+A [batch, tokens, vocabulary] array of a large model does not fit into memory, so whoever needs logits (objective,
+selection, generation, harness) projects blocks of tokens and reduces each before the next one is made.
+
+Shape suffixes: S shards of the batch, B rows, T tokens, D width, V vocabulary rows.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lmboost import sharding
+
+NEGATIVE = -1e30  # logit of what must never be predicted; finite, so that 0 * NEGATIVE is 0
+
+
+class Head(NamedTuple):
+    """What turns a hidden state into logits."""
+
+    kernel_DxV: jax.Array
+    vocab_size: int  # columns from here on are padding
+
+
+def pick(logits, labels):
+    """logits[..., label], as a masked sum: a gather would collect a vocabulary that is spread over devices."""
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.sum(jnp.where(columns == labels[..., None], logits, 0.0), axis=-1)
+
+
+def project(h, head: Head, vocab_size: int | None = None, rows: int | None = None) -> jax.Array:
+    """float32 logits [..., V]; columns from `vocab_size` on are NEGATIVE; cut or filled up to `rows` columns."""
+    kernel, rows = head.kernel_DxV.astype(h.dtype), rows or head.kernel_DxV.shape[1]
+    if kernel.shape[1] != rows:
+        kernel = jnp.pad(kernel[:, :rows], [(0, 0), (0, max(rows - kernel.shape[1], 0))])
+    logits = jnp.einsum("...d,dv->...v", h, kernel, preferred_element_type=jnp.float32)
+    vocab_size = min(vocab_size or head.vocab_size, head.vocab_size)
+    if vocab_size == rows:
+        return logits
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    return jnp.where(columns < vocab_size, logits, NEGATIVE)
+
+
+def num_blocks(rows: int, seq_len: int, block_tokens: int, shards: int) -> int:
+    """Blocks that a batch is cut in along its tokens: the fewest that divide seq_len and fit block_tokens."""
+    fits = (n for n in range(1, seq_len + 1) if seq_len % n == 0 and rows * (seq_len // n) <= block_tokens * shards)
+    return next(fits, seq_len)
+
+
+def split_blocks(x: jax.Array, shards: int, blocks: int) -> jax.Array:
+    """[B, T, ...] -> [blocks, S, B / S, T / blocks, ...]; rows stay on their device."""
+    rows, tokens = x.shape[:2]
+    x = x.reshape(shards, rows // shards, blocks, tokens // blocks, *x.shape[2:])
+    return sharding.constrain(jnp.moveaxis(x, 2, 0), (None, "batch") + (None,) * (x.ndim - 2))
+
+
+def join_blocks(x: jax.Array, shape) -> jax.Array:
+    """Undoes split_blocks."""
+    x = jnp.moveaxis(x, 0, 2).reshape(shape)
+    return sharding.constrain(x, ("batch", "length") + (None,) * (len(shape) - 2))

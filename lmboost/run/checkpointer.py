@@ -1,0 +1,213 @@
+"""Writes a run's checkpoints in the background, and reads back the newest one that is whole.
+
+A save that fails does not end the run: it is reported and tried again. What each process sees of its own (an error, a
+clock) is agreed upon, because all of them save at the same step or none does.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lmboost import checkpoint, places
+from lmboost.errors import Stop, UserError
+from lmboost.run import processes
+from lmboost.train_step import TrainState
+
+LAST_ATTEMPTS = 3  # of the save at the end of a run; before the end there is no limit
+
+
+class Checkpointer:
+    """The checkpoints of one run.
+
+    Args:
+      workdir: the run's; local or remote.
+      c: the config's `checkpoint` subtree.
+      mesh: of the run.
+    """
+
+    def __init__(self, workdir: str, c: ConfigDict, mesh: Mesh):
+        root = places.find(workdir)
+        self.directory, self._root = root / "checkpoints", root
+        self._c, self._wish = c, processes.Wish(mesh)
+        self._report_unfinished()
+        self._manager = self._open()
+        self._saved = None  # step of the last save that has begun and not failed
+        self._failure = None  # (time, message) of the last save, if it failed and was not tried again yet
+        self._broken = False  # whether the manager is to be opened anew
+        self._time = time.monotonic()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=self._c.keep,
+            keep_period=self._c.keep_every or None,
+            cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(timeout_secs=600),
+        )
+        return ocp.CheckpointManager(self.directory, options=options)
+
+    def _report_unfinished(self) -> None:
+        if jax.process_index() or not self.directory.exists():
+            return
+        finished = {str(step) for step in self.finished_steps()}
+        for path in self.directory.iterdir():
+            step = path.name.split(".")[0]
+            if step.isdigit() and path.name not in finished:
+                processes.warn(f"the checkpoint of step {step} was not finished when the run ended; it is removed.")
+
+    def finished_steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, in ascending order."""
+        return sorted(ocp.utils.checkpoint_steps(self.directory))
+
+    def restore(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
+        """(state, data position, step) of the newest checkpoint that is whole; None if there is no checkpoint.
+
+        Newer ones that are damaged are named and moved to WORKDIR/damaged-STEP. Raises a UserError if all of them are.
+        """
+        damaged = []
+        for step in self.finished_steps()[::-1]:
+            directory = self.directory / str(step)
+            found = self._try(checkpoint.restore_state, directory, like, shardings)
+            error = (
+                found if isinstance(found, Exception) else self._try(checkpoint.check_fingerprints, directory, *found)
+            )
+            if error:
+                damaged.append((step, error))
+                continue
+            self._put_aside(damaged)
+            self._saved = step
+            return *found, step
+        if damaged:
+            reasons = "; ".join(str(error) for _, error in damaged)
+            raise UserError(
+                f"none of the checkpoints in {self.directory} can be read ({reasons}). Nothing was changed: mend them, "
+                "or start anew in another workdir, with resume.from or init.from if there is a copy."
+            )
+        return None
+
+    def _try(self, part: Callable, *args: Any) -> Any:
+        """The result of a part that every process does, or an error if it failed in any of them."""
+        result = None
+        try:
+            result = part(*args)
+        except UserError as error:
+            result = error
+        if not processes.all_true(not isinstance(result, UserError)) and not isinstance(result, UserError):
+            return checkpoint.Damaged("another process could not read its part of it.")
+        return result
+
+    def _put_aside(self, damaged: list[tuple[int, Exception]]) -> None:
+        if not damaged:
+            return
+        for step, error in damaged:
+            target = self._root / f"damaged-{step}"
+            processes.warn(f"{error} It is put aside as {target}, and the one before it is used.")
+            if jax.process_index() == 0:
+                if target.exists():
+                    target.rmtree()
+                (self.directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+        self._manager.reload()
+
+    def due(self, done: int) -> bool:
+        """Whether to save after `done` steps. All processes must ask at every boundary."""
+        now = time.monotonic()
+        late = 0 < self._c.seconds <= now - self._time
+        self._poll()
+        again = self._failure is not None and now - self._failure[0] >= self._c.retry_seconds
+        wished = self._wish.exchange(late or again)
+        return wished or done % self._c.every == 0
+
+    def save(self, state: TrainState, done: int, position: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Copies the state to the host and returns; the writing goes on meanwhile. A failure is reported."""
+        self._settle()
+        if self._saved == done and self._failure is None:
+            return
+        params, training = checkpoint.split(state)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            training=ocp.args.StandardSave(training),
+            position=ocp.args.JsonSave(position | {"fingerprints": checkpoint.fingerprints(state)}),
+            manifest=ocp.args.JsonSave(manifest),
+        )
+        self._saved, self._failure, self._time = done, None, time.monotonic()
+        if self._broken:
+            self.close()
+            self._broken = False
+            self._attempt(self._open_anew)
+        if not self._broken:
+            self._attempt(lambda: self._manager.save(done, args=items, force=True))
+
+    def finish(self, state: TrainState, done: int, position: dict[str, Any], manifest: dict[str, Any]) -> None:
+        """Saves, unless these steps are saved, and waits until it is on disk. Raises a UserError if that fails.
+
+        It is tried LAST_ATTEMPTS times, `retry_seconds` apart.
+        """
+        for attempt in range(LAST_ATTEMPTS):
+            if attempt:
+                time.sleep(self._c.retry_seconds)
+            self.save(state, done, position, manifest)
+            self._settle()
+            if self._failure is None:
+                return
+        steps = self.finished_steps()
+        safe = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint has been written yet"
+        raise UserError(
+            f"saving the checkpoint of step {done} to {self.directory} failed {LAST_ATTEMPTS} times "
+            f"({self._failure[1]}); {safe}. Make room or mend the disk, and start the same command again: it goes on "
+            "from there."
+        )
+
+    def _poll(self) -> None:
+        """Takes notice of a save in the background that has failed since."""
+        if not self._broken:
+            try:
+                self._manager.check_for_errors()
+            except Exception as error:
+                self._fail(error)
+
+    def _settle(self) -> None:
+        """Waits for the save in the background."""
+        self._attempt(lambda: None if self._broken else self._manager.wait_until_finished())
+
+    def _open_anew(self) -> None:
+        self._manager = self._open()
+
+    def _attempt(self, part: Callable[[], Any]) -> None:
+        """Does a part of a save; a failure in any process breaks the manager in all of them."""
+        try:
+            part()
+        except Exception as error:
+            self._fail(error)
+        if not processes.all_true(not self._broken) and not self._broken:
+            self._failure, self._broken = (time.monotonic(), "it failed in another process"), True
+
+    def _fail(self, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        if not self._broken:
+            processes.warn(
+                f"saving the checkpoint of step {self._saved} failed ({cause}). The run goes on, and saves again in "
+                f"{self._c.retry_seconds:g} s or when the next is due. Whole checkpoints: {self.finished_steps()}."
+            )
+        self._failure, self._broken = (time.monotonic(), cause), True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        # A process that failed alone does not wait for what it does with the others.
+        if kind is None or issubclass(kind, Stop) or jax.process_count() == 1:
+            self.close()
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            self._fail(error)

@@ -1,0 +1,87 @@
+"""What keeps a run from harm: the notice to stop, the watch over its progress, the lock on its directory."""
+
+import contextlib
+import faulthandler
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+from lmboost.errors import EXIT_HUNG, exit_at_once
+
+
+class Preemption:
+    """Whether the run has been asked to stop: SIGTERM, which is also how clusters announce that they take a machine.
+
+    Of several processes each may be told at another time; jax agrees with all of them on the boundary to stop at.
+    """
+
+    def __init__(self):
+        self._told = False
+        self._alone = jax.process_count() == 1
+        self._before = None
+        if self._alone and threading.current_thread() is threading.main_thread():  # else jax has taken the signal
+            self._before = signal.signal(signal.SIGTERM, self._take)
+
+    def _take(self, *_) -> None:
+        self._told = True
+
+    def told(self) -> bool:
+        """Whether a process that is alone has been told to stop; several must go on to where `reached` says so."""
+        return self._told
+
+    def reached(self, step: int) -> bool:
+        """Whether to stop before `step`. All processes must ask, once before each step."""
+        return self._told if self._alone else multihost_utils.reached_preemption_sync_point(step)
+
+    def close(self) -> None:
+        """Gives the signal back to whoever had it."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+        self._before = None
+
+
+class Watchdog:
+    """Ends the process with status 76 when nothing has moved for `seconds`, with the stacks of all threads on stderr.
+
+    A collective that waits for a lost host waits for ever; a launcher can only mend what has ended. 0 is no watch.
+    """
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._last, self._what = time.monotonic(), "starting"
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if seconds:
+            self._thread.start()
+
+    def beat(self, what: str) -> None:
+        """Says that the run goes on, and what it does next."""
+        self._last, self._what = time.monotonic(), what
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """No watch over what may take as long as it likes."""
+        self._last = float("inf")
+        yield
+        self.beat(self._what)
+
+    def close(self) -> None:
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(min(self._seconds / 10, 10)):
+            if time.monotonic() - self._last > self._seconds:
+                print(
+                    f"HUNG: process {jax.process_index()} has not moved for {self._seconds:g} s (watchdog.seconds) "
+                    f"while {self._what}. Every thread stands at:",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                faulthandler.dump_traceback(all_threads=True)
+                exit_at_once(EXIT_HUNG)

@@ -1,0 +1,182 @@
+"""Metrics on the host: (sum, count) pairs, the run's metrics.jsonl and TensorBoard files, the console."""
+
+import json
+import math
+import os
+import socket
+import struct
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+from lmboost import places
+from lmboost.errors import UserError
+from lmboost.run.lines import Appender
+
+FILE = "metrics.jsonl"
+Sums = Mapping[str, tuple[Any, Any]]  # name -> (sum, count)
+
+
+def mean(metrics: Sums) -> dict[str, float | None]:
+    """{name: (sum, count)} as {name: sum / count}; None where nothing was counted."""
+    return {k: float(total) / float(count) if float(count) else None for k, (total, count) in metrics.items()}
+
+
+def merge(a: Sums, b: Sums) -> dict[str, tuple[Any, Any]]:
+    """Adds sums and counts by name; a name in only one of the two is kept as it is."""
+    both = {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in a if k in b}
+    return {**a, **b, **both}
+
+
+class Writers:
+    """Writes a run's numbers: one strict JSON object per line to DIRECTORY/metrics.jsonl, and TensorBoard files.
+
+    Of several processes only the first one writes. A disk that fills up later does not end the run, see `Appender`.
+
+    Args:
+      directory: a local one, `LogDir.path` of the run; made if it is missing.
+      tensorboard: whether to write DIRECTORY/tensorboard.
+      resume_step: the step that the run goes on from. Lines of later steps are dropped (they are about to be
+        computed again), as is a last line that a kill left half written; 0 starts afresh and drops all.
+
+    Raises:
+      UserError: a metrics.jsonl that holds something else than one JSON object per line, a directory that
+        cannot be written to.
+    """
+
+    def __init__(self, directory: str, tensorboard: bool = True, resume_step: int = 0):
+        self._lines = self._events = None
+        if jax.process_index():
+            return
+        path = os.path.join(directory, FILE)
+        try:
+            os.makedirs(directory, exist_ok=True)
+            _keep_lines(path, resume_step)
+            self._lines = Appender(path)
+            if tensorboard:
+                self._events = _Events(path := os.path.join(directory, "tensorboard"), resume_step)
+        except OSError as error:
+            raise UserError(f"--workdir={directory}: {path} cannot be written ({error.strerror}).") from error
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes the numbers of one step; None, NaN and infinities become null in the JSON line."""
+        values = {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}  # numpy and jax scalars
+        if self._lines:
+            line = json.dumps({"step": int(step)} | _strict(values), allow_nan=False)
+            self._lines.append(line.encode() + b"\n")
+        if self._events:
+            self._events.write(int(step), {k: v for k, v in values.items() if isinstance(v, int | float)})
+
+    def close(self) -> None:
+        """Closes the files."""
+        for writer in (self._lines, self._events):
+            if writer:
+                writer.close()
+        self._lines = self._events = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class _Events:
+    """A file of TensorBoard's, with the numbers of a step in one record.
+
+    tensorboardX's own writer is left out: its thread dies on a full disk, and its callers then wait for ever.
+    """
+
+    def __init__(self, directory: str, resume_step: int):
+        os.makedirs(directory, exist_ok=True)
+        now = time.time_ns()  # named by the second alone, a quick restart would go on in the same file
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+        self._file = Appender(os.path.join(directory, name))
+        self._append(Event(file_version="brain.Event:2"))
+        purge = resume_step + 1 if resume_step else 0  # from this step on, TensorBoard hides what earlier files hold
+        self._append(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = [number for k, v in values.items() for number in summary.scalar(k, v).value]
+        self._append(Event(step=step, summary=Summary(value=numbers)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, event: Event) -> None:
+        """A record is length, checksum, bytes, checksum."""
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        head = struct.pack("<Q", len(data))
+        self._file.append(head + struct.pack("<I", masked_crc32c(head)) + data + struct.pack("<I", masked_crc32c(data)))
+
+
+def read(workdir: str) -> Iterator[dict[str, Any]]:
+    """The lines of WORKDIR/metrics.jsonl in order; a last line that is half written is left out. Reads gs://, too.
+
+    Raises a UserError naming the line where another one is not a JSON object with a step.
+    """
+    path = places.find(workdir) / FILE
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                values = json.loads(line)
+            except ValueError:  # of UTF-8, too
+                values = None
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                yield values
+            elif line.endswith(b"\n"):
+                raise UserError(
+                    f"{path}, line {number}, is not a JSON object with a step: mend or remove that line, "
+                    "or move the file away."
+                )
+
+
+def take_over(directory: str, origin: epath.Path, step: int) -> None:
+    """Begins DIRECTORY/metrics.jsonl with what the run of another workdir wrote up to the step that is gone on from.
+
+    Nothing is done where the file exists, or where `origin`, the checkpoint, does not lie in a run that wrote one.
+
+    Raises a UserError where the old file cannot be read or the new one not be written.
+    """
+    path, run = os.path.join(directory, FILE), origin.parent.parent
+    known = origin.parent.name == "checkpoints" and (run / FILE).exists()
+    if jax.process_index() or os.path.exists(path) or not known:
+        return
+    try:
+        os.makedirs(directory, exist_ok=True)
+        _write_lines(path, (line for line in read(os.fspath(run)) if line["step"] <= step))
+    except OSError as error:
+        raise UserError(f"resume.from: {run / FILE} cannot be copied to {path} ({error.strerror or error}).") from error
+
+
+def _keep_lines(path: str, resume_step: int) -> None:
+    """Drops the lines after `resume_step`, all of them if it is 0. The old file is whole until the new one is."""
+    if not os.path.exists(path):
+        return
+    lines = read(os.path.dirname(path)) if resume_step else ()
+    _write_lines(path, (line for line in lines if line["step"] <= resume_step))
+
+
+def _write_lines(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    temporary = path + ".tmp"
+    with open(temporary, "w", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _strict(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {k: _strict(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,30 @@
+"""Searches the part of a trained model that is the best start of a small one ("Where to Begin", arXiv 2510.07227).
+
+    python -m lmboost.search --config=configs/subnet_pythia_410m.py --config.init.from=hf:DIR --workdir=DIR
+
+  --config=FILE[:VARIANT]   the recipe: `init.from` is the model to cut, `search` the cuts to choose from
+  --config.a.b=VALUE        overrides one field of it (lmboost/config.py lists all of them)
+  --workdir=DIR             where it writes; the same command in the same workdir goes on where it stopped
+  --traceback               shows the traceback of a user error
+
+Cuts are compared by their loss on held-out text before any training. WORKDIR/winner.py is the config that trains the
+best one; WORKDIR/candidates.jsonl has all of them.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from lmboost import config
+from lmboost.errors import exit_on_user_error
+from lmboost.search import job
+
+
+def main(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("--help", "-h"):
+        sys.exit(print(__doc__))
+    job.search(*config.load(argv))
+
+
+if __name__ == "__main__":
+    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
+    exit_on_user_error(lambda: main(arguments), show_traceback="--traceback" in sys.argv)

@@ -1,0 +1,302 @@
+"""The search of a cut: which part of a trained model is the best start of a small one ("Where to Begin").
+
+    WORKDIR/search.json        what is searched: config, parent, data, versions
+    WORKDIR/candidates.jsonl   every cut that was evaluated, in order: validation loss, parameters, what it keeps
+    WORKDIR/best.png           the best loss so far
+    WORKDIR/winner             the best cut as a checkpoint
+    WORKDIR/winner.py          the config of its training
+
+The order of candidates depends on the seed and on the losses before, on nothing else: the same command in the same
+directory goes on where it stopped, and comes to the same end.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import pprint
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lmboost import checkpoint, sharding, standalone
+from lmboost import config as configs
+from lmboost.data import loader, tokenizer
+from lmboost.errors import UserError
+from lmboost.hf.reader import PREFIX
+from lmboost.models import attention, transformer
+from lmboost.models.model_config import ModelConfig
+from lmboost.search import evolution, fitness, notation, plot
+from lmboost.search.space import Orders, Space
+from lmboost.surgery import importance, subnet, view
+from lmboost.surgery.subnet import Cut
+
+# Fields of the config that change which candidates come, or their losses.
+FIELDS = (
+    "seed",
+    "seq_len",
+    "init.from",
+    "init.step",
+    "data.train",
+    "data.validation",
+    "model.vocab_multiple",
+    "model.dtype",
+    "search",
+)
+MORE = "search.candidates"  # but this one may be raised to go on
+
+RECIPE = '''\
+"""A cut of {parent}: {params:,} parameters, validation loss {loss:.4f} before it is trained.
+
+    python -m lmboost.train --config={path} --workdir=DIR
+"""
+
+from lmboost import config
+
+VALUES = {values}
+
+
+def get_config():
+    c = config.base()
+    c.update(VALUES)
+    return c
+'''
+
+
+@dataclasses.dataclass(frozen=True)
+class Parent:
+    """The model that is cut, on the mesh in use."""
+
+    name: str  # as a config gives it, with an absolute path
+    model: ModelConfig
+    params: Any
+    tokenizer: str  # fingerprint
+    directory: pathlib.Path
+
+
+def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print) -> tuple[Cut, float]:
+    """Runs the search of a config to its end, from wherever the workdir stands; returns (the best cut, its loss)."""
+    c, out = config.search, pathlib.Path(workdir).absolute()
+    spec = config.data.validation or config.data.train
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    with jax.set_mesh(mesh):
+        parent = load_parent(config, spec, mesh)
+        rows = fitness.read_rows(spec, config.seq_len, c.rows, mesh)
+        cuts = Space.from_config(c, parent.model, _orders(c.sort, parent, rows, mesh))
+        cuts.sample(np.random.default_rng(config.seed))  # an empty bin is an error before anything is written
+        names = ("population", "elites", "mutation", "crossover", "fresh")
+        method = evolution.make(c.method, cuts, seed=config.seed, **{name: c[name] for name in names})
+        hull = view.hull_config(parent.model, largest(cuts))
+        evaluate = fitness.Fitness(
+            parent.model, parent.params, hull, fitness.put_rows(rows, mesh), c.batch, config.objective.block_tokens
+        )
+        say(
+            f"parent: {parent.model.num_params():,} parameters; cuts of {cuts.low:,} to {cuts.high:,}, each computed "
+            f"in {hull.num_params():,}"
+        )
+        log = _Log(out, _about(config, parent, spec), c.batch)
+        _run(c.candidates, method, evaluate, cuts, log, say)
+        plot.plot(log.path, out / "best.png")
+        cut, loss = method.best
+        alone = evaluate.alone(cut)
+        say(f"the best of {log.written}: {loss:.4f}, as a model of its own {alone:.4f}")
+        if abs(alone - loss) > 0.02 * abs(loss):
+            raise RuntimeError(f"the cut's loss is {loss} in the hull, but {alone} as a model of its own.")
+        _write_winner(out, config, parent, cut, loss)
+        say(f"to train it: python -m lmboost.train --config={out / 'winner.py'} --workdir=DIR")
+        return cut, loss
+
+
+def _run(
+    candidates: int,
+    method: evolution.RandomSearch,
+    evaluate: fitness.Fitness,
+    cuts: Space,
+    log: "_Log",
+    say: Callable[[str], None],
+) -> None:
+    """Generation after generation, until so many candidates have losses or no new cut is left."""
+    done = generation = 0
+    while done < candidates and (asked := method.ask()[: candidates - done]):
+        losses: list[float] = []
+        while len(losses) < len(asked):
+            part = asked[len(losses) : len(losses) + log.at_once]
+            losses += log.replay(done + len(losses), part) or log.write(
+                done + len(losses), generation, part, evaluate(part), [cuts.num_params(cut) for cut in part]
+            )
+        method.tell(asked, losses)
+        done, generation = done + len(asked), generation + 1
+        cut, loss = method.best
+        model = cuts.config(cut)
+        say(
+            f"generation {generation}: {done} candidates, the best {loss:.4f} ({model.num_params():,} parameters, "
+            f"{model.num_layers} layers of width {model.d_model})"
+        )
+
+
+def largest(cuts: Space) -> dict[str, int]:
+    """The largest choice of each size."""
+    names = ("d_model", "num_kv_heads", "group_heads", "head_dim", "mlp_dim")
+    return {name: getattr(cuts, name)[-1] for name in names} | {"num_layers": cuts.layers[-1]}
+
+
+def load_parent(config: ConfigDict, spec: str, mesh: Mesh) -> Parent:
+    """The model of `init.from`; a UserError where there is none, or where its tokens are not the data's."""
+    if not config.init["from"]:
+        raise UserError("init.from is empty: give the model to cut, a run, a checkpoint or hf:DIR.")
+    if not spec:
+        raise UserError("data.train is empty: give a directory that lmboost.prepare wrote.")
+    directory = checkpoint.find(config.init["from"], config.init.step, "init.from")
+    manifest, info = checkpoint.read_manifest(directory), loader.info(spec, "validation")
+    fingerprint = manifest["data"]["tokenizer"]
+    if fingerprint != info.tokenizer_fingerprint:
+        raise UserError(
+            f"init.from: the model in {directory} {'was trained with another' if fingerprint else 'has no'} tokenizer "
+            f"{'than' if fingerprint else 'beside it that could be compared with that of'} the data {spec!r}: its "
+            "embeddings would stand for other tokens. Prepare the data with its tokenizer."
+        )
+    model = ModelConfig(**manifest["model"])
+    heads = {sizes.head_dim for sizes in model.sizes}
+    kernel = attention.resolve("auto", jax.default_backend(), config.seq_len, heads, config.model.dtype)
+    model = dataclasses.replace(
+        model, dtype=config.model.dtype, vocab_multiple=config.model.vocab_multiple, attention=kernel, remat="none"
+    )
+    if model.position == "learned" and config.seq_len > model.max_seq_len:
+        raise UserError(f"seq_len={config.seq_len}: the model in init.from has {model.max_seq_len} learned positions.")
+    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+    params = checkpoint.load_params(directory, like, mesh)
+    path = config.init["from"]
+    name = os.path.abspath(path.removeprefix(PREFIX)) if "://" not in path else path
+    return Parent(PREFIX * path.startswith(PREFIX) + name, model, params, fingerprint, pathlib.Path(directory))
+
+
+def _orders(sort: str, parent: Parent, rows: Sequence[Any], mesh: Mesh) -> Orders:
+    """The orders of a parent's entries that coarse cuts take the first ones of."""
+    if sort != "activation":
+        return Orders.natural(parent.model)
+    return Orders(**importance.measure(parent.model, parent.params, rows, mesh).orders())
+
+
+def _about(config: ConfigDict, parent: Parent, spec: str) -> dict[str, Any]:
+    values = configs.flatten(config)
+    fields = {
+        name: value for name, value in values.items() if any(name == f or name.startswith(f + ".") for f in FIELDS)
+    }
+    return {
+        "config": fields,
+        "parent": {"directory": str(parent.directory), "tokenizer": parent.tokenizer},
+        "data": loader.info(spec, "validation").fingerprint,
+        "versions": checkpoint.versions(checkpoint.PACKAGES),
+    }
+
+
+class _Log:
+    """candidates.jsonl, and what of it an earlier start has written.
+
+    Candidates that are computed together are written together. A batch that was torn is computed again as a whole, so
+    that its losses are the same to the last bit.
+    """
+
+    def __init__(self, directory: pathlib.Path, about: dict[str, Any], at_once: int):
+        self.path, self.at_once = directory / "candidates.jsonl", at_once
+        directory.mkdir(parents=True, exist_ok=True)
+        if (directory / "search.json").exists():
+            _check_same(directory, json.loads((directory / "search.json").read_text()), about)
+        partial = directory / "search.json.partial"
+        partial.write_text(json.dumps(about, indent=1))
+        os.replace(partial, directory / "search.json")
+        self._old = list(self._read())
+        self.written = 0
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        if self.path.exists():
+            for line in self.path.read_text().splitlines(keepends=True):
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def replay(self, first: int, cuts: Sequence[Cut]) -> list[float]:
+        """The losses of candidates `first` and on, if all of them have been written."""
+        old = self._old[first : first + len(cuts)]
+        if len(old) < len(cuts):
+            return []
+        for line, cut in zip(old, cuts, strict=True):
+            if notation.from_json(line["cut"]) != cut:
+                raise UserError(
+                    f"{self.path}, candidate {line['candidate']}, is not the one that this search comes to: it was "
+                    "written by another version. Choose another workdir."
+                )
+        self.written = first + len(cuts)
+        return [line["loss"] for line in old]
+
+    def write(
+        self, first: int, generation: int, cuts: Sequence[Cut], losses: list[float], params: list[int]
+    ) -> list[float]:
+        """Writes candidates `first` and on, after what `replay` has found; returns their losses."""
+        if self._old:
+            self._keep(first)
+        lines = [
+            {"candidate": first + i, "generation": generation, "loss": loss, "params": n, "cut": notation.to_json(cut)}
+            for i, (cut, loss, n) in enumerate(zip(cuts, losses, params, strict=True))
+        ]
+        with open(self.path, "a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self.written = first + len(cuts)
+        return losses
+
+    def _keep(self, count: int) -> None:
+        """Takes what comes after the first `count` lines off the file."""
+        lines = self.path.read_text().splitlines(keepends=True)[:count]
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(lines))
+        os.replace(partial, self.path)
+        self._old = []
+
+
+def _check_same(directory: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    changed = [
+        f"{name}: {old['config'].get(name)!r} -> {value!r}"
+        for name, value in new["config"].items()
+        if name != MORE and old["config"].get(name) != value
+    ]
+    changed += [f"{name}: {old[name]} -> {new[name]}" for name in ("parent", "data") if old[name] != new[name]]
+    if changed:
+        raise UserError(
+            f"--workdir={directory} holds another search ({'; '.join(changed[:5])}): choose another workdir, or give "
+            "its config."
+        )
+
+
+def _write_winner(out: pathlib.Path, config: ConfigDict, parent: Parent, cut: Cut, loss: float) -> None:
+    """The best cut as a checkpoint with its tokenizer, and the config of its training."""
+    child = subnet.child_config(parent.model, cut)
+    neutral = ("dtype", "attention", "remat", "init_std")
+    child = dataclasses.replace(child, **{name: config.model[name] for name in neutral}).validate()
+    params = jax.jit(lambda params: subnet.extract(parent.model, params, cut))(parent.params)
+    source = {"parent": parent.name, "cut": notation.to_json(cut), "val_loss": loss}
+    manifest = {"model": dataclasses.asdict(child), "data": {"tokenizer": parent.tokenizer}, "source": source}
+    info = loader.info(config.data.validation or config.data.train, "validation")
+    shutil.rmtree(out / "winner", ignore_errors=True)
+    with standalone.whole(out / "winner") as partial:
+        standalone.write_checkpoint(partial, params, manifest, tokenizer.load(info.tokenizer_path))
+    (out / "winner.py").write_text(_recipe(out, config, parent, child, loss))
+
+
+def _recipe(out: pathlib.Path, config: ConfigDict, parent: Parent, child: ModelConfig, loss: float) -> str:
+    """The source of winner.py: the searched config, with the winner as its model and start."""
+    c = ConfigDict(config)
+    c.model = configs.model(child)
+    c.init["from"], c.init.step, c.init.kind, c.init.layers, c.init.fresh = str(out / "winner"), -1, "copy", "", ""
+    if c.objective.kd.weight and not c.teacher["from"]:
+        c.teacher["from"], c.teacher.step = parent.name, config.init.step
+    return RECIPE.format(
+        parent=parent.name,
+        params=child.num_params(),
+        loss=loss,
+        path=out / "winner.py",
+        values=pprint.pformat(json.loads(c.to_json()), width=110, sort_dicts=False),
+    )

@@ -1,0 +1,297 @@
+"""Steps compiled for TPU pods that are not here: what is reported is there, and what must not be is seen."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lmboost import config, flops
+from lmboost.aot import __main__, hlo, problems
+from lmboost.errors import UserError
+from lmboost.models.model_config import ModelConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """A process of its own: libtpu reads its settings once, when it is loaded."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
+    )
+
+
+def compiled(recipe: str, topology: str, tmp_path: pathlib.Path, *flags: str) -> dict:
+    """What the verb writes."""
+    pytest.importorskip("libtpu")
+    out = tmp_path / "report.json"
+    done = python("-m", "lmboost.aot", f"--config={recipe}", f"--topology={topology}", f"--out={out}", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(out.read_text())
+
+
+def check(phase: dict) -> None:
+    """What holds for every step on every pod."""
+    memory = phase["memory"]
+    assert 0 < memory["total"] < memory["limit"], memory
+    assert memory["outputs"] < 0.01 * memory["arguments"] + 2**20, "the state is not donated"
+    assert not {name: phase[name] for name in problems.PROBLEMS if phase[name]}
+
+
+def test_a_tiny_recipe_on_a_pod(tmp_path):
+    report = compiled("configs/salt_2p8b.py:tiny", "v5e:2x4", tmp_path)
+    c = config.load_recipe("configs/salt_2p8b.py:tiny")
+    helped, alone = report["phases"]
+    assert (helped["helps"], helped["end"], alone["helps"], alone["end"]) == (["kd"], alone["first"], [], c.steps)
+    student = ModelConfig(**c.model)
+    assert alone["flops"] == pytest.approx(flops.step_flops(student, c.batch_size, c.seq_len))
+    assert helped["flops"] > alone["flops"]
+    assert helped["memory"]["arguments"] > alone["memory"]["arguments"]  # the teacher's parameters
+    for phase in report["phases"]:
+        check(phase)
+        # The parameters are spread over 8 chips, all but the norms: they are gathered, and gradients are summed up.
+        width = {"float32": 4, "bfloat16": 2}[student.dtype]
+        assert phase["collectives"]["all-gather"] > 0.9 * student.num_params() * width * 7 / 8
+        assert {"all-reduce", "reduce-scatter"} & set(phase["collectives"])
+
+
+def test_slices_exchange_gradients_only(tmp_path):
+    flags = ("--slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--config.batch_size=32", "--phases=first")
+    flags += ("--config.model.dtype=bfloat16",)  # its gradients are added up in float32 all the same
+    (phase,) = compiled("configs/salt_2p8b.py:tiny", "v5e:2x4", tmp_path, *flags)["phases"]
+    check(phase)
+    between = {kind: n for kind, n in phase["collectives"].items() if kind.endswith("between slices")}
+    assert set(between) == {"all-reduce between slices"}
+    # A chip has an eighth of the gradient, in float32 at most, besides tables that it may exchange in full.
+    student = ModelConfig(**config.load_recipe("configs/salt_2p8b.py:tiny").model)
+    tables = 2 * student.vocab_rows * student.d_model
+    assert 0 < between["all-reduce between slices"] < 1.1 * 4 * (student.num_params() / 8 + tables)
+
+
+PROGRAMS = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import mesh_utils
+from jax.sharding import NamedSharding, PartitionSpec as P
+from lmboost import aot, hlo, sharding
+from lmboost.models.transformer import ModelConfig
+
+log = aot.compiler_log()
+devices = aot.devices("v5e:2x4")
+mesh = sharding.make_mesh(1, 8, 1, devices=devices)
+model = ModelConfig(vocab_size=4096, num_layers=6, d_model=256, num_heads=2, num_kv_heads=2, head_dim=128, mlp_dim=1024)
+
+def sharded(shape, *axes, dtype=jnp.bfloat16, mesh=mesh):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes)))
+
+def place(x, *axes, mesh=mesh):
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*axes)))
+
+def collectives(fn, *args):
+    with jax.set_mesh(mesh):
+        return hlo.Program(aot.compile_text(jax.jit(fn).lower(*args))[1], 8).collectives()
+
+h, table = sharded((32, 512, 256), "fsdp"), sharded((256, 4096), "fsdp")
+stack, x = sharded((6, 256, 1024), None, "fsdp"), sharded((2048, 256), "fsdp")
+
+def layers(x, stack, whole):
+    if whole:
+        stack = place(stack)
+    def layer(x, w):
+        return jnp.sin(place(x, "fsdp") @ place(w)) @ place(w).T, None
+    return jax.lax.scan(layer, x, stack)[0]
+
+out = {}
+def found(name, *program):
+    cs = collectives(*program)
+    out[name] = {
+        "logits": [aot.describe(c) for c in cs if aot.moved_logits(c, [model], 1024, mesh)],
+        "stacks": [aot.describe(c) for c in cs if aot.moved_stack(c, [model], mesh)],
+        "sums": [aot.describe(c) for c in cs if aot.rounded_sum(c, mesh)],
+        "gathers": [(c.times, c.bytes) for c in cs if c.kind == "all-gather"],
+    }
+
+found("logits", lambda h, w: jnp.sort(place(place(h @ place(w), "fsdp")), axis=0), h, table)
+found("head", lambda h, w: jnp.sum(jax.nn.relu(h @ place(w)) ** 2), h, table)
+found("stack", lambda x, s: layers(x, s, True), x, stack)
+found("layers", lambda x, s: layers(x, s, False), x, stack)
+
+found("rounded", lambda x: place(x.T @ x, "fsdp"), x)
+found("exact", lambda x: place(jnp.matmul(x.T, x, preferred_element_type=jnp.float32), "fsdp"), x)
+
+out["before"] = aot.rematerialisations(log)
+cube = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
+y = sharded((64, 64, 64), "a", "b", "c", mesh=cube)
+twist = lambda y: place(place(jnp.sin(y), ("a", "b", "c"), mesh=cube), None, ("c", "a"), "b", mesh=cube) * 2
+with jax.set_mesh(cube):
+    jax.jit(twist).lower(y).compile()
+out["after"] = aot.rematerialisations(log)
+
+apart = mesh_utils.create_hybrid_device_mesh((1, 4), (2, 1), aot.devices("v5e:2x2", 2))
+apart = jax.sharding.Mesh(apart, ("slice", "chip"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+z = sharded((512, 512), "slice", "chip", mesh=apart)
+with jax.set_mesh(apart):
+    text = aot.compile_text(jax.jit(lambda z: place(z, None, "chip", mesh=apart) * 2).lower(z))[1]
+out["between"] = [(c.kind, c.bytes) for c in hlo.Program(text, 8).collectives()]
+json.dump(out, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """What is found in small programs that do, and do not, what must not be done."""
+    pytest.importorskip("libtpu")
+    done = python("-c", PROGRAMS, TPU_MIN_LOG_LEVEL="3")  # what a user may have set must not hide anything
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_full_rematerialisation_is_seen(programs):
+    assert programs["before"] == []
+    assert programs["after"]
+    assert all("cannot go from sharding" in line for line in programs["after"])
+
+
+def test_logits_that_are_moved_are_seen(programs):
+    assert programs["logits"]["logits"]
+    assert not programs["head"]["logits"]
+    assert programs["head"]["gathers"]
+
+
+def test_layers_that_are_moved_in_one_piece_are_seen(programs):
+    assert programs["stack"]["stacks"]
+    assert not programs["layers"]["stacks"]
+
+
+def test_sums_in_bfloat16_are_seen(programs):
+    assert programs["rounded"]["sums"]
+    assert not programs["exact"]["sums"]
+
+
+def test_bytes_count_with_the_loop_around_them(programs):
+    gathers = programs["layers"]["gathers"]
+    assert {times for times, _ in gathers} == {6}
+    assert sum(received for _, received in gathers) == 256 * 1024 * 2 * 7 // 8
+
+
+def test_what_slices_exchange_is_seen(programs):
+    assert programs["between"] == [["all-gather between slices", 512 * 512 * 2 // 2 // 4]]
+
+
+def test_no_log_is_no_clean_log(tmp_path):
+    with pytest.raises(RuntimeError, match="no log"):
+        __main__.rematerialisations(str(tmp_path))
+
+
+TEXT = """\
+HloModule step
+
+%piece (p: bf16[8,64]) -> bf16[64,64] {
+  %p = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g = bf16[64,64]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=3, replica_groups=[4,8]<=[32], dimensions={0}
+}
+
+%condition (c: (s32[], bf16[8,64])) -> pred[] {
+  %limit = s32[] constant(30)
+  %c = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (b: (s32[], bf16[8,64])) -> (s32[], bf16[8,64]) {
+  %b = (s32[], bf16[8,64]{1,0}) parameter(0)
+  %x = bf16[8,64]{1,0} get-tuple-element(%b), index=1
+  %one = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%piece
+  %two = bf16[64,64]{1,0} fusion(%x), kind=kCustom, calls=%piece
+  %i2 = s32[] get-tuple-element(%b), index=0
+  ROOT %t = (s32[], bf16[8,64]{1,0}) tuple(%i2, %x)
+}
+
+ENTRY %main (a: bf16[8,64], s: f32[128]) -> f32[128] {
+  %a = bf16[8,64]{1,0} parameter(0)
+  %s = f32[128]{0} parameter(1)
+  %peeled = bf16[64,64]{1,0} fusion(%a), kind=kCustom, calls=%piece
+  %first = s32[] constant(1)
+  %copied = s32[] copy(%first)
+  %start = (s32[], bf16[8,64]{1,0}) tuple(%copied, %a)
+  %loop = (s32[], bf16[8,64]{1,0}) while(%start), condition=%condition, body=%body
+  %r1 = f32[128]{0} all-reduce(%s), channel_id=1, replica_groups=mesh['x'=4,'y'=8] {'x'}, to_apply=%add
+  ROOT %r2 = f32[128]{0} all-reduce(%r1), channel_id=1, replica_groups={}, to_apply=%add
+}
+"""
+
+
+def test_pieces_of_one_collective_count_once_and_loops_as_often_as_they_turn():
+    peeled, gather, *reduces = hlo.Program(TEXT, 32).collectives()
+    assert (gather.kind, gather.group, gather.times, gather.bytes) == ("all-gather", 8, 29, 64 * 64 * 2 * 7 // 8)
+    assert peeled.times == 1 and peeled.bytes == gather.bytes  # the loop's first turn, taken out of it
+    assert [(r.kind, r.group, r.times, r.bytes) for r in reduces] == [
+        ("all-reduce", 4, 1, 2 * 128 * 4 * 3 // 4),
+        ("all-reduce", 32, 1, 2 * 128 * 4 * 31 // 32),
+    ]
+
+
+@pytest.mark.parametrize(
+    "groups, size",
+    [("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,16]<=[4,8]T(1,0)", 16), ("mesh['x'=2,'y'=4,'z'=4] {'x','z'}", 8), ("{}", 32)],
+)
+def test_groups_in_every_notation(groups, size):
+    assert hlo.group_size(f"all-reduce(%x), replica_groups={groups}, to_apply=%add", 32) == size
+
+
+def test_a_loop_that_cannot_be_counted_is_an_error():
+    for known, unknown in (("constant(30)", "parameter(1)"), ("constant(1)", "parameter(2)")):
+        with pytest.raises(ValueError, match="how often"):
+            hlo.Program(TEXT.replace(known, unknown), 32).collectives()
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--topology=v5e:16x15"], "did you mean 'v5e:16x16'?"),
+        (["--topology=v5e:2x4", "--slices=two"], "--slices=two"),
+        (["--topology=v5e:2x4", "--phases=last"], "--phases='last' is not known"),
+        (["--topology=v5e:2x4", "--teacher=gpt3"], "there is no model 'gpt3'"),
+        (["--topology=v5e:2x4", "--config.mesh.fsdp=3"], "mesh.fsdp=3"),
+        (["--topology=v5e:2x4", "--config.batch_size=6"], "batch_size=6 is not a multiple"),
+    ],
+)
+def test_mistakes_are_told(flags, says):
+    pytest.importorskip("libtpu")
+    done = python("-m", "lmboost.aot", "--config=configs/salt_2p8b.py:tiny", *flags)
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_that_does_not_say_its_teacher_needs_one(recipe):
+    searched = "configs/subnet_smollm2.py"
+    c = config.load_recipe(searched)
+    with pytest.raises(UserError, match="--teacher=PRESET"):
+        __main__.teacher_of(c, searched)
+    assert __main__.teacher_of(c, searched, "smollm2-1.7b").d_model == 2048
+    assert __main__.teacher_of(config.load_recipe(recipe), recipe) is None
+
+
+def test_what_does_not_fit_is_told_with_what_to_do():
+    pytest.importorskip("libtpu")
+    flags = ("--topology=v5e:2x2", "--config.batch_size=8", "--config.accumulation=1", "--phases=first")
+    done = python("-m", "lmboost.aot", "--config=configs/salt_8p6b.py", "--config.mesh.fsdp=4", *flags)
+    assert done.returncode == 2, done.stderr
+    assert "does not fit into the 16 GiB of a v5e chip" in done.stderr
+    assert "model.remat" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe, topology", [("salt_2p8b", "v5e:16x16"), ("salt_8p6b", "v6e:16x16"), ("let_7b", "v5p:4x4x4")]
+)
+def test_full_size_recipes_fit_pods(recipe, topology, tmp_path):
+    """The phase with the most help; benchmarks/pods.py compiles all phases of each for all of the pods."""
+    report = compiled(f"configs/{recipe}.py", topology, tmp_path, "--phases=first")
+    (phase,) = report["phases"]
+    assert phase["helps"] and report["devices"] == (64 if topology.startswith("v5p") else 256)
+    check(phase)
