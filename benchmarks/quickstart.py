@@ -43,7 +43,7 @@ def run_seed(out: str, seed: int) -> dict:
     """The report of one seed: plain against helped and against helped by an untrained teacher."""
     teacher = train(out, seed, "teacher", "teacher")
     plain = train(out, seed, "plain", "plain")
-    from_teacher = f"--config.teacher.from={teacher}"
+    from_teacher = f"--config.teacher.path={teacher}"
     helped = train(out, seed, "helped", "helped", from_teacher)
     untrained = train(out, seed, "helped", "untrained", from_teacher, "--config.teacher.random=true")
     report = f"{out}/{seed}/report"

@@ -65,18 +65,18 @@ def train(out: str, seed: int, name: str, start: str, helped: bool) -> list[dict
     parent, workdir = f"{out}/{seed}/plain", f"{out}/{seed}/{name}"
     flags = {
         "random": config_flags("model", SHAPE),
-        "cut": [*config_flags("model", SHAPE), f"--config.init.from={parent}", "--config.init.kind=subnet"],
+        "cut": [*config_flags("model", SHAPE), f"--config.init.path={parent}", "--config.init.kind=subnet"],
         "searched": [],
-        "shape": ["--config.init.from="],
+        "shape": ["--config.init.path="],
         "plain": [],
         "half": ["--config.model.num_layers=3"],
-        "inherited": ["--config.model.num_layers=3", f"--config.init.from={parent}", "--config.init.kind=inherit"],
+        "inherited": ["--config.model.num_layers=3", f"--config.init.path={parent}", "--config.init.kind=inherit"],
     }[start]
     searched = start in ("searched", "shape")
     recipe = f"{out}/{seed}/search/winner.py" if searched else "configs/quickstart.py:plain"
     flags += [f"--config.data.train={out}/data", f"--config.seed={seed}"]
     if helped:
-        flags += [*config_flags("objective.kd", DISTIL), f"--config.teacher.from={parent}",
+        flags += [*config_flags("objective.kd", DISTIL), f"--config.teacher.path={parent}",
                   "--config.teacher.dtype=float32"]  # fmt: skip
     verb("train", f"--config={recipe}", f"--workdir={workdir}", *flags)
     return evaluations(workdir)
@@ -89,7 +89,7 @@ def evaluations(workdir: str) -> list[dict]:
 
 def search(out: str, seed: int) -> float:
     """Searches the cut of one seed; returns the FLOPs of all its forward passes."""
-    flags = [f"--config.data.train={out}/data", f"--config.seed={seed}", f"--config.init.from={out}/{seed}/plain"]
+    flags = [f"--config.data.train={out}/data", f"--config.seed={seed}", f"--config.init.path={out}/{seed}/plain"]
     workdir = f"{out}/{seed}/search"
     if not os.path.exists(f"{workdir}/winner.py"):
         verb("search", "--config=configs/quickstart.py:plain", f"--workdir={workdir}", *flags,

@@ -161,7 +161,7 @@ def train(out: str, hub: str, steps: int) -> list[str]:
         settings = STUDENT | changes | {"steps": steps, "eval.every": steps // 15, "checkpoint.every": steps}
         settings |= {"data.train": f"{out}/data", "optimizer.warmup_steps": steps // 4, "teacher.dtype": "float32"}
         if changes:
-            settings["teacher.from"] = f"hf:{hub}"
+            settings["teacher.path"] = f"hf:{hub}"
         flags = [f"--config.{k}={v}" for k, v in settings.items()]
         verb("train", "--config=configs/quickstart.py:plain", f"--workdir={out}/{arm}", *flags)
     runs = [f"--run={out}/{arm}" for arm in ARMS if arm != "plain"]

@@ -66,7 +66,7 @@ def train(out: str, name: str, recipe: str, *flags: str) -> list[tuple[int, floa
 
 def search(out: str, hub: pathlib.Path, variant: str) -> dict:
     """The best candidate of a search, as its log has it."""
-    flags = [f"--config.init.from=hf:{hub}", f"--config.data.train={out}/small-data"]
+    flags = [f"--config.init.path=hf:{hub}", f"--config.data.train={out}/small-data"]
     verb("search", f"--config=benchmarks/smollm2_small.py:{variant}", f"--workdir={out}/search-{variant}", *flags)
     with open(f"{out}/search-{variant}/candidates.jsonl") as file:
         return min(map(json.loads, file), key=lambda line: line["loss"])
@@ -104,10 +104,10 @@ def main() -> None:
     arms = {"half, random": train(out, "half-random", f"{this}:half")}
     half, cut = search(out, hub, "half"), search(out, hub, "cut")
     layers = ranges([layer["layer"] for layer in half["cut"]["layers"]])
-    start = (f"--config.init.from=hf:{hub}", "--config.init.kind=inherit", f"--config.init.layers={layers}")
+    start = (f"--config.init.path=hf:{hub}", "--config.init.kind=inherit", f"--config.init.layers={layers}")
     arms["half, inherited"] = train(out, "half-inherited", f"{this}:half", *start)
     winner = f"{out}/search-cut/winner.py"
-    arms["cut, random"] = train(out, "cut-random", winner, "--config.init.from=")
+    arms["cut, random"] = train(out, "cut-random", winner, "--config.init.path=")
     arms["cut, searched"] = train(out, "cut-searched", winner)
     text = RESULT.format(
         jax=jax.__version__, device=jax.devices()[0].device_kind, table="\n".join(table(arms)), layers=layers,

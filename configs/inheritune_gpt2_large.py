@@ -4,7 +4,7 @@ Commands, once OpenWebText is prepared with the GPT-2 tokenizer:
   python -m lmboost.train --config=configs/inheritune_gpt2_large.py:reference --config.data.train=OWT \\
     --workdir=RUNS/large
   python -m lmboost.train --config=configs/inheritune_gpt2_large.py --config.data.train=OWT \\
-    --config.init.from=RUNS/large --workdir=RUNS/large-18
+    --config.init.path=RUNS/large --workdir=RUNS/large-18
 
 Variants, and what is published and what chosen, as in configs/inheritune_gpt2_medium.py: (none), reference, scratch,
 double, shallow, stack, hybrid, half_width, kd, tiny.

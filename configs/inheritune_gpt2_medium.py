@@ -4,13 +4,13 @@ Commands, once OpenWebText is prepared with the GPT-2 tokenizer:
   python -m lmboost.train --config=configs/inheritune_gpt2_medium.py:reference --config.data.train=OWT \\
     --workdir=RUNS/medium
   python -m lmboost.train --config=configs/inheritune_gpt2_medium.py --config.data.train=OWT \\
-    --config.init.from=RUNS/medium --workdir=RUNS/medium-16
+    --config.init.path=RUNS/medium --workdir=RUNS/medium-16
 Where the depth is not known beforehand, the rounds of the paper (12 layers, 14, ... until the reference is met):
   python -m lmboost.surgery grow --config=configs/inheritune_gpt2_medium.py --config.data.train=OWT \\
     --reference=RUNS/medium --workdir=RUNS/grown --last=10
 
 Variants: (none) Inheritune; reference: all layers, from scratch; scratch: 16 layers, from scratch; double: the same for
-twice the steps; shallow: half of the 16, and stack: these twice, from --config.init.from=RUN of shallow; hybrid: the
+twice the steps; shallow: half of the 16, and stack: these twice, from --config.init.path=RUN of shallow; hybrid: the
 reference's first layers twice, from the reference; half_width: all layers with half of the heads and MLP; kd: scratch
 with the reference as teacher to the end. With ",tiny" (as in :hybrid,tiny) the same switches in seconds on a CPU.
 

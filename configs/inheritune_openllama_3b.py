@@ -5,7 +5,7 @@ openlm-research/open_llama_3b lies in MODELS as safetensors:
   python -m lmboost.train --config=configs/inheritune_openllama_3b.py:scratch --config.data.train=REDPAJAMA \\
     --workdir=RUNS/scratch-13
   python -m lmboost.train --config=configs/inheritune_openllama_3b.py --config.data.train=REDPAJAMA \\
-    --config.init.from=hf:MODELS/open_llama_3b --workdir=RUNS/openllama-13
+    --config.init.path=hf:MODELS/open_llama_3b --workdir=RUNS/openllama-13
 
 Variants: (none) Inheritune, everything but the later layers inherited; released: as in the authors' released script,
 which leaves the embedding and the final norm at random; scratch: the same model from random parameters. With ",tiny"

@@ -2,7 +2,7 @@
 
 Command, once the Pile is prepared with the teacher's tokenizer and the teacher is converted:
   python -m lmboost.train --config=configs/let_7b.py --config.data.train=PILE \\
-    --config.teacher.from=MODELS/llama-3.2-1b --workdir=RUNS/let-7b
+    --config.teacher.path=MODELS/llama-3.2-1b --workdir=RUNS/let-7b
 
 Variants: (none) LET; paper: with the paper's own weight and layer; plain: no teacher; salt, rkd: soft labels early,
 or to the end; teacher: a model of the teacher's shape on this data. With ",tiny" (as in :salt,tiny) the same switches

@@ -4,7 +4,7 @@ Commands, once some text is prepared with a vocabulary of 2,048:
   python -m lmboost.train --config=configs/quickstart.py:plain --config.data.train=DATA --workdir=RUNS/plain
   python -m lmboost.train --config=configs/quickstart.py:teacher --config.data.train=DATA --workdir=RUNS/teacher
   python -m lmboost.train --config=configs/quickstart.py:helped --config.data.train=DATA \\
-    --config.teacher.from=RUNS/teacher --workdir=RUNS/helped
+    --config.teacher.path=RUNS/teacher --workdir=RUNS/helped
 
 Variants: helped (and none): soft labels and alignment through the first half of the steps; plain: no teacher; teacher:
 the small model, trained twice as long, since it is there to be used again. With ",tiny" (as in :helped,tiny) the same

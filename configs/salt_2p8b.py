@@ -3,7 +3,7 @@
 Command, once the Pile is prepared with the GPT-NeoX tokenizer (and --record_tokens=10240, a multiple of 1280):
   python -m lmboost.train --config=configs/salt_2p8b.py:teacher --config.data.train=PILE --workdir=RUNS/salt-1.5b
   python -m lmboost.train --config=configs/salt_2p8b.py --config.data.train=PILE \\
-    --config.teacher.from=RUNS/salt-1.5b --workdir=RUNS/salt-2.8b
+    --config.teacher.path=RUNS/salt-1.5b --workdir=RUNS/salt-2.8b
 
 Variants: (none) SALT; plain: no teacher; rkd: the teacher to the end; teacher: the 1.5B model itself. With ",tiny"
 (as in :rkd,tiny) the same switches at a size that runs in seconds on a CPU.

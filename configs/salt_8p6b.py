@@ -3,7 +3,7 @@
 Command, once the Pile is prepared with the GPT-NeoX tokenizer (and --record_tokens=10240, a multiple of 1280):
   python -m lmboost.train --config=configs/salt_8p6b.py:teacher --config.data.train=PILE --workdir=RUNS/salt-2.8b
   python -m lmboost.train --config=configs/salt_8p6b.py --config.data.train=PILE \\
-    --config.teacher.from=RUNS/salt-2.8b --workdir=RUNS/salt-8.6b
+    --config.teacher.path=RUNS/salt-2.8b --workdir=RUNS/salt-8.6b
 
 Variants: (none) SALT; plain: no teacher; rkd: the teacher to the end; teacher: the 2.8B model itself. With ",tiny"
 (as in :rkd,tiny) the same switches at a size that runs in seconds on a CPU.

@@ -5,7 +5,7 @@ checkpoint is the teacher. Command, once the Pile is prepared with the GPT-NeoX 
 multiple of 1280):
   python -m lmboost.train --config=configs/salt_ds_2p8b.py:teacher --config.data.train=PILE --workdir=RUNS/salt-1.5b
   python -m lmboost.train --config=configs/salt_ds_2p8b.py --config.data.train=PILE \\
-    --config.teacher.from=RUNS/salt-1.5b --config.objective.select.scorer=RUNS/salt-1.5b --workdir=RUNS/salt-ds-2.8b
+    --config.teacher.path=RUNS/salt-1.5b --config.objective.select.scorer=RUNS/salt-1.5b --workdir=RUNS/salt-ds-2.8b
 
 Variants: (none) SALT_DS; salt: without the selection; plain: no teacher; teacher: the 1.5B model itself, keeping
 the early checkpoint. With ",tiny" (as in :plain,tiny) the same switches at a size that runs in seconds on a CPU.

@@ -2,9 +2,9 @@
 
 Commands, once the Pile is prepared with the GPT-NeoX tokenizer and Pythia-6.9B is in a Hub directory:
   python -m lmboost.train --config=configs/subnet_pythia_1b.py:scratch --config.data.train=PILE --workdir=RUNS/scratch
-  python -m lmboost.search --config=configs/subnet_pythia_1b.py --config.init.from=hf:pythia-6.9b \\
+  python -m lmboost.search --config=configs/subnet_pythia_1b.py --config.init.path=hf:pythia-6.9b \\
     --config.data.train=PILE --workdir=RUNS/search
-  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.from=hf:pythia-6.9b --workdir=RUNS/searched
+  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.path=hf:pythia-6.9b --workdir=RUNS/searched
 
 Variants, expectation, and what is published and what chosen, as in configs/subnet_pythia_410m.py: (none), scratch,
 distil, cut, nokd, parent, 12b, tiny. The bin is 961.2M to 1062.4M. Pythia-1B has 8 heads of 256, which a parent with

@@ -2,12 +2,12 @@
 
 Commands, once the Pile is prepared with the GPT-NeoX tokenizer and Pythia-6.9B is in a Hub directory:
   python -m lmboost.train --config=configs/subnet_pythia_410m.py:scratch --config.data.train=PILE --workdir=RUNS/scratch
-  python -m lmboost.search --config=configs/subnet_pythia_410m.py --config.init.from=hf:pythia-6.9b \\
+  python -m lmboost.search --config=configs/subnet_pythia_410m.py --config.init.path=hf:pythia-6.9b \\
     --config.data.train=PILE --workdir=RUNS/search
-  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.from=hf:pythia-6.9b --workdir=RUNS/searched
+  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.path=hf:pythia-6.9b --workdir=RUNS/searched
 
 Variants: (none) the searched cut, helped by its parent; nokd: the same without a teacher; cut: not searched but the
-first entries of everything, from --config.init.from=hf:pythia-6.9b, with the teacher; distil: the plain Pythia-410M
+first entries of everything, from --config.init.path=hf:pythia-6.9b, with the teacher; distil: the plain Pythia-410M
 from random parameters, with the teacher; scratch: without it. (none) and nokd are what the search reads; its winner.py
 holds them with the winner's model and start. 12b beside an arm (as in :cut,12b) takes Pythia-12B as the parent. With
 ",tiny" the same switches in seconds on a CPU; parent: a model of the parent's shape from random parameters, which
@@ -95,7 +95,7 @@ def recipe(
 
 
 def parent(variant=""):
-    """The model that a variant's --config.init.from and --config.teacher.from are."""
+    """The model that a variant's --config.init.path and --config.teacher.path are."""
     arms, sizes = split(variant, VARIANTS, ("12b",))
     return shape("pythia-12b" if "12b" in sizes else "pythia-6.9b", arms)
 

@@ -2,9 +2,9 @@
 
 Commands, once the data is prepared with Qwen2.5's tokenizer and Qwen2.5-3B is in a Hub directory:
   python -m lmboost.train --config=configs/subnet_qwen2p5.py:scratch --config.data.train=DATA --workdir=RUNS/scratch
-  python -m lmboost.search --config=configs/subnet_qwen2p5.py --config.init.from=hf:qwen2.5-3b \\
+  python -m lmboost.search --config=configs/subnet_qwen2p5.py --config.init.path=hf:qwen2.5-3b \\
     --config.data.train=DATA --workdir=RUNS/search
-  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.from=hf:qwen2.5-3b --workdir=RUNS/searched
+  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.path=hf:qwen2.5-3b --workdir=RUNS/searched
 
 Variants: the arms of configs/subnet_pythia_410m.py, (none), nokd, cut, distil, scratch, parent, and tiny; beside an
 arm, 1.5b makes a model of Qwen2.5-1.5B's size, and 7b takes Qwen2.5-7B as the parent (as in :cut,1.5b,7b).
@@ -26,7 +26,7 @@ SIZES = ("1.5b", "7b")
 
 
 def parent(variant=""):
-    """The model that a variant's --config.init.from and --config.teacher.from are."""
+    """The model that a variant's --config.init.path and --config.teacher.path are."""
     arms, sizes = split(variant, VARIANTS, SIZES)
     return shape("qwen2.5-7b" if "7b" in sizes else "qwen2.5-3b", arms)
 

@@ -2,9 +2,9 @@
 
 Commands, once the data is prepared with SmolLM2's tokenizer and SmolLM2-1.7B is in a Hub directory:
   python -m lmboost.train --config=configs/subnet_smollm2.py:scratch --config.data.train=DATA --workdir=RUNS/scratch
-  python -m lmboost.search --config=configs/subnet_smollm2.py --config.init.from=hf:smollm2-1.7b \\
+  python -m lmboost.search --config=configs/subnet_smollm2.py --config.init.path=hf:smollm2-1.7b \\
     --config.data.train=DATA --workdir=RUNS/search
-  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.from=hf:smollm2-1.7b --workdir=RUNS/searched
+  python -m lmboost.train --config=RUNS/search/winner.py --config.teacher.path=hf:smollm2-1.7b --workdir=RUNS/searched
 
 Variants: the arms of configs/subnet_pythia_410m.py, (none), nokd, cut, distil, scratch, parent, and tiny; 135m beside
 an arm (as in :cut,135m) makes a model of SmolLM2-135M's size.
@@ -24,7 +24,7 @@ VARIANTS = ("scratch", "distil", "cut", "nokd", "parent", "135m", "tiny")
 
 
 def parent(variant=""):
-    """The model that a variant's --config.init.from and --config.teacher.from are."""
+    """The model that a variant's --config.init.path and --config.teacher.path are."""
     return shape("smollm2-1.7b", split(variant, VARIANTS, ("135m",))[0])
 
 

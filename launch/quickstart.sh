@@ -34,5 +34,5 @@ train() { python -m lmboost.train --config=configs/quickstart.py:"$1" --workdir=
 python -m lmboost.prepare --source=stdlib --tokenizer=train:2048 --validation_fraction=0.05 --out="$out/data"
 train teacher
 train plain
-train helped --config.teacher.from="$out/teacher"
+train helped --config.teacher.path="$out/teacher"
 python -m lmboost.report --baseline="$out/plain" --run="$out/helped" --helper="$out/teacher" --out="$out/report"

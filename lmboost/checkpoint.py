@@ -60,7 +60,7 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
     """
     if not (directory / "training").exists():
         raise UserError(
-            f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.from."
+            f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.path."
         )
     parts = []
     for name, tree, layout in zip(("params", "training"), split(like), split(shardings), strict=True):
@@ -81,7 +81,7 @@ def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[
         raise Damaged(f"{directory} has changed since it was written: the bits of {' and '.join(changed)} are others.")
 
 
-def find(path: str, step: int = -1, field: str = "from") -> epath.Path:
+def find(path: str, step: int = -1, field: str = "path") -> epath.Path:
     """The checkpoint directory that `path` names: itself, the one of `step` (-1: the last) of a run, or "hf:DIR"."""
     if path.startswith(reader.PREFIX):
         return reader.find(path, step, field)

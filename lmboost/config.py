@@ -29,11 +29,11 @@ def base() -> ConfigDict:
 
     c.model = model()
 
-    # Where the student starts. Order: own checkpoint in the workdir, resume.from, init.from, random.
-    c.resume = ConfigDict({"from": ""})  # a run or checkpoint to go on from: parameters, optimizer, step, data
+    # Where the student starts. Order: own checkpoint in the workdir, resume.path, init.path, random.
+    c.resume = ConfigDict({"path": ""})  # a run or checkpoint to go on from: parameters, optimizer, step, data
     c.resume.step = -1  # of a run: which checkpoint; -1 is the last
     c.init = init = ConfigDict()
-    init["from"] = ""  # a run, a checkpoint or hf:DIR whose parameters the student starts with
+    init.path = ""  # a run, a checkpoint or hf:DIR whose parameters the student starts with
     init.step = -1  # of a run: which checkpoint; -1 is the last
     # "inherit": layers of a deeper model (Inheritune); "stack": layers, over and over; "subnet": layers of a larger
     # model, and of everything in them the first entries, as many as the student has
@@ -42,7 +42,7 @@ def base() -> ConfigDict:
     init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)
 
     c.teacher = teacher = ConfigDict()
-    teacher["from"] = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub
+    teacher.path = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub
     teacher.step = -1  # of a run: which checkpoint; -1 is the last
     teacher.dtype = "bfloat16"  # of its parameters and compute
     teacher.random = False  # replace its parameters by random ones: a control, not a method
@@ -85,7 +85,7 @@ def base() -> ConfigDict:
     select.scorer_step = -1  # of a run: which checkpoint; -1 is the last
     select.stop = 0.2  # fraction of the run
 
-    # Search of a cut of init.from by lmboost.search ("Where to Begin", arXiv 2510.07227). Choices are given as
+    # Search of a cut of init.path by lmboost.search ("Where to Begin", arXiv 2510.07227). Choices are given as
     # "FIRST-LAST:STEP,...", as in "64-512:64,768"; empty is the parent's size alone.
     c.search = search = ConfigDict()
     search.params = ""  # the bin that parameters are counted in: "385.1M-425.6M", or "405M+-5%"

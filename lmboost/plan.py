@@ -118,13 +118,13 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     if active:
         needs_teacher = active & {"kd", "align"} or not config.objective.select.scorer
         if needs_teacher:
-            teacher = _helper(config, "teacher.from", config.teacher["from"], config.teacher.step, active, platform)
+            teacher = _helper(config, "teacher.path", config.teacher.path, config.teacher.step, active, platform)
         scorer = teacher
         if "select" in active and config.objective.select.scorer:
             field = "objective.select.scorer"
             spec, step = config.objective.select.scorer, config.objective.select.scorer_step
             scorer = _helper(config, field, spec, step, active, platform)
-        for helper, field in ((teacher, "teacher.from"), (scorer, "objective.select.scorer")):
+        for helper, field in ((teacher, "teacher.path"), (scorer, "objective.select.scorer")):
             if helper:
                 _check_tokenizer(helper, field, train_data, student)
     objective = make_objective(config, student, teacher.model if teacher else None, active)
@@ -226,12 +226,12 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
 
 
 def _check_init(config: ConfigDict) -> None:
-    if config.resume.step != -1 and not config.resume["from"]:
-        raise UserError(f"resume.step={config.resume.step}, but resume.from is empty: give the run that it is about.")
+    if config.resume.step != -1 and not config.resume.path:
+        raise UserError(f"resume.step={config.resume.step}, but resume.path is empty: give the run that it is about.")
     one_of("init.kind", config.init.kind, (*inherit.KINDS, "subnet"))
     for field, default in (("kind", "copy"), ("layers", ""), ("fresh", "")):
-        if (value := config.init[field]) != default and not config.init["from"]:
-            raise UserError(f"init.{field}={value!r}, but init.from is empty: give the model that it is about.")
+        if (value := config.init[field]) != default and not config.init.path:
+            raise UserError(f"init.{field}={value!r}, but init.path is empty: give the model that it is about.")
 
 
 def _check_tasks(config: ConfigDict) -> None:

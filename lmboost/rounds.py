@@ -72,7 +72,7 @@ def train_round(config: ConfigDict, layers: int, workdir: str, reference: str, l
     """Trains one round, or what is left of it; returns its validation loss."""
     c = ConfigDict(config)
     c.model.num_layers = layers
-    c.init["from"], c.init.kind, c.init.layers = reference, "inherit", f"0-{layers - 1}"
+    c.init.path, c.init.kind, c.init.layers = reference, "inherit", f"0-{layers - 1}"
     train.train(c, workdir)
     losses = [line["val_loss"] for line in metrics.read(workdir) if line.get("val_loss") is not None]
     if len(losses) < last:

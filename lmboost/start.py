@@ -27,17 +27,17 @@ def from_init(run: Plan, random: Any, mesh: Mesh) -> tuple[Any, list[str]]:
     they do not mean; and where its layers do not fit.
     """
     c = run.config.init
-    directory = checkpoint.find(c["from"], c.step, "init.from")
+    directory = checkpoint.find(c.path, c.step, "init.path")
     manifest = checkpoint.read_manifest(directory)
     parent = ModelConfig(**manifest["model"])
     if manifest["data"]["tokenizer"] not in (None, run.train_data.tokenizer_fingerprint):
         raise UserError(
-            f"init.from: the model in {directory} was trained with another tokenizer than the data: its embeddings "
+            f"init.path: the model in {directory} was trained with another tokenizer than the data: its embeddings "
             "stand for other tokens. Prepare the data with its tokenizer, or choose another model."
         )
     if parent.vocab_size != run.student.vocab_size:
         raise UserError(
-            f"model.vocab_size={run.student.vocab_size}, but the model in {directory} (init.from) has "
+            f"model.vocab_size={run.student.vocab_size}, but the model in {directory} (init.path) has "
             f"{parent.vocab_size}: set it to that, or give another model."
         )
     if c.kind == "copy" and not c.layers and not c.fresh:

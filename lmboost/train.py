@@ -1,6 +1,6 @@
 """Pretrains a language model, alone or with the help of another.
 
-    python -m lmboost.train --config=configs/quickstart.py:helped --config.teacher.from=RUN --workdir=DIR
+    python -m lmboost.train --config=configs/quickstart.py:helped --config.teacher.path=RUN --workdir=DIR
 
   --config=FILE[:VARIANT]   the recipe
   --config.a.b=VALUE        overrides one field of it (lmboost/config.py lists all of them)
@@ -186,16 +186,16 @@ def _shapes(run: plan.Plan) -> Any:
 def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: LogDir) -> tuple[TrainState, int, bool]:
     """The state to go on from, its step, and whether it was evaluated.
 
-    That of the run's own newest whole checkpoint, else resume.from, else init.from, else random.
+    That of the run's own newest whole checkpoint, else resume.path, else init.path, else random.
     """
     c = run.config
     fresh = functools.partial(_fresh_state, run, tx)
     like = jax.eval_shape(fresh)
     shardings = sharding.tree_sharding(like, mesh)
-    resume, init = c.resume["from"], c.init["from"]
+    resume, init = c.resume.path, c.init.path
     found, origin = checkpointer.restore(like, shardings), "own checkpoint"
     if not found and resume:
-        directory, origin = checkpoint.find(resume, c.resume.step, "resume.from"), "resume.from"
+        directory, origin = checkpoint.find(resume, c.resume.step, "resume.path"), "resume.path"
         state, position = checkpoint.restore_state(directory, like, shardings)
         checkpoint.check_fingerprints(directory, state, position)
         found = state, position, position["step"]
@@ -203,7 +203,7 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: 
         state, position, step = found
         evaluated = position.pop("evaluated", True)
         run.check_position(position, f"the {origin} of step {step}")
-        if origin == "resume.from":
+        if origin == "resume.path":
             take_over(log_dir.path, directory, step)
         say(f"start: {origin}, step {step}")
         return state, step, evaluated
@@ -212,8 +212,8 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: 
         params, remarks = start.from_init(run, state.params["model"], mesh)
         state = state.replace(params=state.params | {"model": params})
         for remark in remarks:
-            say(f"init.from: {remark}")
-        say(f"start: init.from {checkpoint.find(init, c.init.step, 'init.from')}, step 0")
+            say(f"init.path: {remark}")
+        say(f"start: init.path {checkpoint.find(init, c.init.step, 'init.path')}, step 0")
     else:
         say(f"start: random parameters, seed {c.seed}, step 0")
     return state, 0, True

@@ -53,4 +53,4 @@ def teacher(home, recipe, data):
     from tests import runs
 
     runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
-    return f"--config.teacher.from={home / 'teacher'}"
+    return f"--config.teacher.path={home / 'teacher'}"

@@ -32,11 +32,11 @@ def test_recipe_variant_overrides_and_workdir(recipe):
     c, workdir = config.load(
         [
             f"--config={recipe}:64", "--config.optimizer.learning_rate=1e-3", "--config.seq_len=128",
-            "--config.teacher.from=a=b", "--config.model.norm=layernorm", "--workdir", "runs/x",
+            "--config.teacher.path=a=b", "--config.model.norm=layernorm", "--workdir", "runs/x",
         ]
     )  # fmt: skip
     assert (c.steps, c.batch_size, c.seq_len, workdir) == (7, 64, 128, "runs/x")
-    assert c.optimizer.learning_rate == 1e-3 and c.teacher["from"] == "a=b" and c.model.norm == "layernorm"
+    assert c.optimizer.learning_rate == 1e-3 and c.teacher.path == "a=b" and c.model.norm == "layernorm"
 
 
 def test_config_and_workdir_take_either_form(recipe):
@@ -148,7 +148,7 @@ def test_differences_ignores_what_does_not():
     for name in config.FREE:
         assert name in config.flatten(old) or any(leaf.startswith(name + ".") for leaf in config.flatten(old))
     new.mesh.fsdp, new.log.every, new.checkpoint.every, new.eval.batches = 8, 1, 5, 1
-    new.data.workers, new.objective.block_tokens, new.resume["from"] = 4, 64, "x"
+    new.data.workers, new.objective.block_tokens, new.resume.path = 4, 64, "x"
     assert config.differences(old, new) == []
 
 
@@ -170,4 +170,4 @@ def test_differences_takes_a_field_that_there_was_not_for_its_default():
 
 def test_flatten_names_every_leaf_once():
     flat = config.flatten(config.base())
-    assert flat["teacher.from"] == "" and flat["objective.align.scale"] == "ratio" and "objective" not in flat
+    assert flat["teacher.path"] == "" and flat["objective.align.scale"] == "ratio" and "objective" not in flat

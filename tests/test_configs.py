@@ -73,8 +73,8 @@ def test_recipe_builds_and_its_model_traces(path, variant):
 def test_recipe_only_leaves_open_what_the_command_line_gives(path, variant):
     c = module(path).get_config(variant)
     flat = config.flatten(c)
-    assert c.teacher["from"] == "" and c.data.train == ""
-    assert c.init["from"] == "" and c.resume["from"] == ""
+    assert c.teacher.path == "" and c.data.train == ""
+    assert c.init.path == "" and c.resume.path == ""
     helped = c.objective.kd.weight > 0 or c.objective.align.weight > 0 or c.init.kind != "copy"
     assert helped != bool({*variant.split(",")} & {*ALONE})
     assert c.is_locked and {*flat} == {*config.flatten(config.base())}
@@ -102,7 +102,7 @@ def test_docstring_shows_commands_that_parse(path, monkeypatch, tmp_path):
         searched = [flag for flag in flags if not flag.startswith("--workdir")]
         c, workdir = config.load(flags)
         assert c.data.train and workdir
-    assert c.teacher["from"] or c.init["from"], "the last command is the helped run"
+    assert c.teacher.path or c.init.path, "the last command is the helped run"
     assert all(re.search(rf"\b{v}\b", text) for v in module(path).VARIANTS), "every variant is described"
 
 

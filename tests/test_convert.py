@@ -86,12 +86,12 @@ def test_bfloat16_and_shards(home, published):
 
 def test_training_starts_from_it_and_is_helped_by_it(home, recipe, data, published, capsys):
     """Init, teacher and scorer; its parameters are those of the checkpoint that it is converted to."""
-    where = [f"--config.{field}=hf:{published}" for field in ("init.from", "teacher.from", "objective.select.scorer")]
+    where = [f"--config.{field}=hf:{published}" for field in ("init.path", "teacher.path", "objective.select.scorer")]
     helps = [f"--config.objective.{x}" for x in ("kd.weight=0.5", "kd.stop=1", "select.candidates=2", "select.stop=1")]
     mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2", SHORT]
     runs.run(recipe, home / "from-hub", f"--config.data.train={data}", *where, *helps, *mesh)
     said = capsys.readouterr().out
-    assert f"start: init.from {published}" in said and "training with kd, select" in said
+    assert f"start: init.path {published}" in said and "training with kd, select" in said
     manifest = json.loads((home / "from-hub" / "manifest.json").read_text())
     if not (home / "back").exists():
         convert.convert(f"hf:{published}", str(home / "back"))
@@ -117,14 +117,14 @@ def test_a_start_from_it_is_the_model(home, recipe, data, published, monkeypatch
     monkeypatch.setattr(train, "_start", lambda *a: seen.append(started(*a)) or seen[-1])
     with pytest.raises(KeyboardInterrupt):
         runs.run(
-            recipe, home / "start", f"--config.data.train={data}", f"--config.init.from=hf:{published}",
+            recipe, home / "start", f"--config.data.train={data}", f"--config.init.path=hf:{published}",
             "--config.model.rope_theta=500", "--config.model.vocab_multiple=128",
         )  # fmt: skip
     params = jax.device_get(seen[0][0].params["model"])
     assert not params["embed"]["embedding"][320:].any() and params["head"].shape == (32, 384)
     params["embed"]["embedding"], params["head"] = params["embed"]["embedding"][:320], params["head"][:, :320]
     assert_same(params, load(f"hf:{published}"))
-    assert "init.from: the student has rope_theta=500.0, the model it starts from 10000.0" in capsys.readouterr().out
+    assert "init.path: the student has rope_theta=500.0, the model it starts from 10000.0" in capsys.readouterr().out
 
 
 MISTAKES = {
@@ -173,9 +173,9 @@ def test_a_tokenizer_is_asked_for_where_one_is_needed(tmp_path, home, recipe, da
     source = f"hf:{without_tokenizer}"
     with pytest.raises(UserError, match="--tokenizer is empty, and no tokenizer was found"):
         convert.convert(source, f"hf:{tmp_path / 'out'}")
-    with pytest.raises(UserError, match="teacher.from: .* has neither a tokenizer.json nor a tokenizer.model"):
+    with pytest.raises(UserError, match="teacher.path: .* has neither a tokenizer.json nor a tokenizer.model"):
         runs.run(
-            recipe, tmp_path / "run", f"--config.data.train={data}", f"--config.teacher.from={source}",
+            recipe, tmp_path / "run", f"--config.data.train={data}", f"--config.teacher.path={source}",
             "--config.objective.kd.weight=0.5",
         )  # fmt: skip
     convert.convert(source, str(tmp_path / "bare"))
@@ -189,12 +189,12 @@ def test_a_tokenizer_is_asked_for_where_one_is_needed(tmp_path, home, recipe, da
 
 
 def test_nothing_can_be_resumed_from_it(home, recipe, data, published, tmp_path):
-    with pytest.raises(UserError, match=r"has parameters alone.*give it as init.from"):
-        runs.run(recipe, tmp_path, f"--config.data.train={data}", f"--config.resume.from=hf:{published}")
+    with pytest.raises(UserError, match=r"has parameters alone.*give it as init.path"):
+        runs.run(recipe, tmp_path, f"--config.data.train={data}", f"--config.resume.path=hf:{published}")
 
 
 def test_a_student_of_another_size_is_refused(home, recipe, data, published, tmp_path):
-    start = (f"--config.data.train={data}", f"--config.init.from=hf:{published}")
+    start = (f"--config.data.train={data}", f"--config.init.path=hf:{published}")
     with pytest.raises(UserError, match="model.vocab_size=384, but the model in .* has 320"):
         runs.run(recipe, tmp_path / "a", *start, "--config.model.vocab_size=384")
     with pytest.raises(UserError, match=r"mlp/down/kernel' has shape \(2, 64, 32\)"):

@@ -47,9 +47,9 @@ def rows(data, first, count=8):
 
 
 def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, capsys):
-    again = [f"--config.resume.from={first}", "--config.resume.step=4", "--config.data.skip=5-6"]
+    again = [f"--config.resume.path={first}", "--config.resume.step=4", "--config.data.skip=5-6"]
     last = runs.run(recipe, tmp_path / "second", data, *again)
-    assert "start: resume.from, step 4" in capsys.readouterr().out
+    assert "start: resume.path, step 4" in capsys.readouterr().out
     taken = read[:]
     for batch, step in zip(taken, (7, 8, 9, 10), strict=True):  # as the first run would have counted them
         np.testing.assert_array_equal(batch, rows(data, (step - 1) * 8))
@@ -75,15 +75,15 @@ def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, 
 def test_rows_that_have_been_read_already_cannot_be_left_out(tmp_path, recipe, data, first):
     with pytest.raises(UserError, match="data.skip='5-6'.* begins at step 5, .*from step 6 .*resume.step of at most 4"):
         runs.run(
-            recipe, tmp_path / "late", data, f"--config.resume.from={first}", "--config.resume.step=6",
+            recipe, tmp_path / "late", data, f"--config.resume.path={first}", "--config.resume.step=6",
             "--config.data.skip=5-6",
         )  # fmt: skip
     assert not (tmp_path / "late" / "metrics.jsonl").exists()
 
 
 def test_a_checkpoint_that_was_not_kept_is_named(tmp_path, recipe, data, first):
-    with pytest.raises(UserError, match="resume.from=.*step 5: it has steps 2, 4, 6, 8"):
-        runs.run(recipe, tmp_path / "new", data, f"--config.resume.from={first}", "--config.resume.step=5")
+    with pytest.raises(UserError, match="resume.path=.*step 5: it has steps 2, 4, 6, 8"):
+        runs.run(recipe, tmp_path / "new", data, f"--config.resume.path={first}", "--config.resume.step=5")
 
 
 def test_numbers_are_taken_over_once(tmp_path):
@@ -101,5 +101,5 @@ def test_numbers_are_taken_over_once(tmp_path):
     metrics.take_over(str(tmp_path / "b"), epath.Path(tmp_path / "elsewhere" / "2"), 2)
     assert not (tmp_path / "b").exists()
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="resume.from: .*metrics.jsonl cannot be copied to .*file"):
+    with pytest.raises(UserError, match="resume.path: .*metrics.jsonl cannot be copied to .*file"):
         metrics.take_over(str(tmp_path / "file"), step, 2)

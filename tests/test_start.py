@@ -39,10 +39,10 @@ def same(a, b):
 
 def test_a_run_inherits_layers_and_goes_on_where_it_stopped(home, recipe, data, reference, capsys):
     still = ["--config.optimizer.learning_rate=0", "--config.mesh.fsdp=2"]  # nothing moves: the end is the start
-    start = [f"--config.init.from={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
+    start = [f"--config.init.path={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
     runs.run(recipe, home / "child", data, *start, *still)
     said = capsys.readouterr().out
-    assert "init.from: layers: of the parent's 0,3" in said and "init.from: embedding: inherited" in said
+    assert "init.path: layers: of the parent's 0,3" in said and "init.path: embedding: inherited" in said
     parent, child = params_of(reference), params_of(home / "child")
     same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 3])], parent["layers"]))
     same({k: v for k, v in child.items() if k != "layers"}, {k: v for k, v in parent.items() if k != "layers"})
@@ -51,7 +51,7 @@ def test_a_run_inherits_layers_and_goes_on_where_it_stopped(home, recipe, data, 
 
 
 def test_stacking_and_fresh_parts(home, recipe, data, reference):
-    start = [f"--config.init.from={reference}", "--config.init.kind=stack", "--config.init.layers=0-1"]
+    start = [f"--config.init.path={reference}", "--config.init.kind=stack", "--config.init.layers=0-1"]
     more = [DEPTH, "--config.init.fresh=head", "--config.optimizer.learning_rate=0"]
     runs.run(recipe, home / "stacked", data, *start, *more)
     parent, child = params_of(reference), params_of(home / "stacked")
@@ -63,11 +63,11 @@ def test_stacking_and_fresh_parts(home, recipe, data, reference):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--config.init.kind=inherit"], "init.kind='inherit', but init.from is empty"),
-        (["--config.init.from=REFERENCE", "--config.init.kind=inherits"], r"did you mean 'inherit'\?"),
-        (["--config.init.from=REFERENCE", "--config.init.layers=0-1"], "need init.kind='inherit' or 'stack'"),
-        (["--config.init.from=REFERENCE", "--config.init.kind=inherit", "--config.model.num_layers=5"], "4 of the par"),
-        (["--config.init.from=REFERENCE", "--config.init.step=3"], "init.from='.*', step 3: it has steps"),
+        (["--config.init.kind=inherit"], "init.kind='inherit', but init.path is empty"),
+        (["--config.init.path=REFERENCE", "--config.init.kind=inherits"], r"did you mean 'inherit'\?"),
+        (["--config.init.path=REFERENCE", "--config.init.layers=0-1"], "need init.kind='inherit' or 'stack'"),
+        (["--config.init.path=REFERENCE", "--config.init.kind=inherit", "--config.model.num_layers=5"], "4 of the par"),
+        (["--config.init.path=REFERENCE", "--config.init.step=3"], "init.path='.*', step 3: it has steps"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, recipe, data, reference, overrides, message):
@@ -88,7 +88,7 @@ def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, re
         "layers: of the parent's 0,3", "embedding: inherited", "final_norm: random", "head: random",
         f"{reference} -> {home / 'made'}",
     ]  # fmt: skip
-    start = [f"--config.init.from={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
+    start = [f"--config.init.path={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
     more = ["--config.init.fresh=head,final_norm", "--config.seed=5", "--config.optimizer.learning_rate=0"]
     runs.run(recipe, home / "by-run", data, *start, *more, "--config.steps=2")
     same(params_of(home / "made"), params_of(home / "by-run"))
@@ -109,7 +109,7 @@ def test_all_layers_are_the_parent_and_it_stands_wherever_a_checkpoint_can(home,
     assert evaluate.evaluate(str(home / "whole"), spec, batches=2, seq_len=32) == expected
     convert.convert(str(home / "whole"), f"hf:{home / 'published'}", report=lambda _: None)
     same(params_of(f"hf:{home / 'published'}"), params_of(reference))
-    still = [f"--config.init.from={home / 'whole'}", "--config.optimizer.learning_rate=0", "--config.steps=2"]
+    still = [f"--config.init.path={home / 'whole'}", "--config.optimizer.learning_rate=0", "--config.steps=2"]
     runs.run(recipe, home / "trained-on", data, DEPTH, *still)
     same(params_of(home / "trained-on"), params_of(reference))
 

@@ -176,14 +176,14 @@ def test_ten_kills_leave_no_trace(tmp_path, recipe, data, teacher, helped):
 
 def test_init_from_takes_parameters_and_resume_from_takes_all(home, recipe, data, plain, capsys):
     workdir, state = plain
-    runs.run(recipe, home / "init", data, f"--config.init.from={workdir}", "--config.seed=7")
-    assert f"start: init.from {workdir}" in capsys.readouterr().out
+    runs.run(recipe, home / "init", data, f"--config.init.path={workdir}", "--config.seed=7")
+    assert f"start: init.path {workdir}" in capsys.readouterr().out
     assert lines(home / "init")[0]["loss"] < lines(workdir)[0]["loss"] - 0.3
-    again = runs.run(recipe, home / "resumed", data, f"--config.resume.from={workdir}/checkpoints/6")
+    again = runs.run(recipe, home / "resumed", data, f"--config.resume.path={workdir}/checkpoints/6")
     assert same(again, state)
     assert [line["step"] for line in lines(home / "resumed") if "loss" in line] == list(range(1, 9))
     with pytest.raises(UserError, match="data position"):
-        runs.run(recipe, home / "other", data, f"--config.resume.from={workdir}/checkpoints/6", "--config.seed=3")
+        runs.run(recipe, home / "other", data, f"--config.resume.path={workdir}/checkpoints/6", "--config.seed=3")
 
 
 def test_evaluate_gives_the_number_of_the_run(plain):
@@ -238,8 +238,8 @@ MISTAKES = {
     "positions": (["--config.model.position=learned", "--config.model.max_seq_len=16"], "longer than the 16 learned"),
     "vocabulary": (["--config.model.vocab_size=100"], "tokenizer of 320 pieces, but model.vocab_size=100"),
     "record": (["--config.seq_len=48"], "seq_len=48 does not divide"),
-    "no teacher": ([KD], r"teacher.from is empty, but the objective asks for help \(kd\)"),
-    "teacher is nothing": ([KD, "--config.teacher.from=/"], "is neither a run .* nor a checkpoint"),
+    "no teacher": ([KD], r"teacher.path is empty, but the objective asks for help \(kd\)"),
+    "teacher is nothing": ([KD, "--config.teacher.path=/"], "is neither a run .* nor a checkpoint"),
     "layer": ([ALIGN, "--config.objective.align.pairs=3:last"], "the student has no layer 3; it has layers 1 to 2"),
     "teacher layer": ([ALIGN, "--config.objective.align.pairs=1:2"], "the teacher has no layer 2"),
     "pairs": ([ALIGN, "--config.objective.align.pairs=1"], "expected student:teacher pairs"),
@@ -250,11 +250,11 @@ MISTAKES = {
         ["--config.objective.select.candidates=2", "--config.objective.select.fraction=0.7"], "at most 1 / candidates",
     ),
     "init of another shape": (
-        ["--config.init.from=PLAIN", "--config.model.mlp_dim=32"],
+        ["--config.init.path=PLAIN", "--config.model.mlp_dim=32"],
         r"mlp/down/kernel.* has shape \(2, 64, 32\).*\(2, 32, 32\)",
     ),
     "init of another model": (
-        ["--config.init.from=PLAIN", "--config.model.qkv_bias=true"], "attn/k/bias' is missing in",
+        ["--config.init.path=PLAIN", "--config.model.qkv_bias=true"], "attn/k/bias' is missing in",
     ),
 }  # fmt: skip
 
@@ -277,8 +277,8 @@ def test_a_teacher_of_another_tokenizer_is_refused(home, tmp_path, recipe, teach
 
 def test_a_start_of_another_tokenizer_is_refused(tmp_path, recipe, plain):
     other = "--config.data.train=" + runs.write_data(tmp_path, seed=1)
-    with pytest.raises(UserError, match="init.from: the model in .* was trained with another tokenizer"):
-        runs.run(recipe, tmp_path / "run", other, f"--config.init.from={plain[0]}")
+    with pytest.raises(UserError, match="init.path: the model in .* was trained with another tokenizer"):
+        runs.run(recipe, tmp_path / "run", other, f"--config.init.path={plain[0]}")
 
 
 def test_a_workdir_of_another_config_is_refused(recipe, data, plain):
@@ -290,7 +290,7 @@ def test_a_teacher_that_changed_is_refused(tmp_path, recipe, data, home):
     arguments = ("--config.model.num_layers=1", "--config.model.d_model=16")
     helper = tmp_path / "helper"
     shutil.copytree(home / "teacher", helper)
-    given = (data, f"--config.teacher.from={helper}", KD, "--config.objective.kd.stop=1")
+    given = (data, f"--config.teacher.path={helper}", KD, "--config.objective.kd.stop=1")
     with pytest.raises(UserError):
         runs.run(recipe, tmp_path / "run", *given, "--config.optimizer.learning_rate=1e30", "--config.max_nonfinite=1")
     shutil.rmtree(helper)

@@ -86,7 +86,7 @@ class Checkpointer:
             reasons = "; ".join(str(error) for _, error in damaged)
             raise UserError(
                 f"none of the checkpoints in {self.directory} can be read ({reasons}). Nothing was changed: mend them, "
-                "or start anew in another workdir, with resume.from or init.from if there is a copy."
+                "or start anew in another workdir, with resume.path or init.path if there is a copy."
             )
         return None
 

@@ -154,7 +154,7 @@ def take_over(directory: str, origin: epath.Path, step: int) -> None:
         os.makedirs(directory, exist_ok=True)
         _write_lines(path, (line for line in read(os.fspath(run)) if line["step"] <= step))
     except OSError as error:
-        raise UserError(f"resume.from: {run / FILE} cannot be copied to {path} ({error.strerror or error}).") from error
+        raise UserError(f"resume.path: {run / FILE} cannot be copied to {path} ({error.strerror or error}).") from error
 
 
 def _keep_lines(path: str, resume_step: int) -> None:

@@ -64,7 +64,7 @@ class RandomSearch:
         if not self._best:
             raise UserError(
                 f"search: none of the {self._told} candidates evaluated so far has a finite loss. Check the model in "
-                "init.from and the validation data."
+                "init.path and the validation data."
             )
         loss, _, cut = self._best[0]
         return cut, loss

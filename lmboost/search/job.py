@@ -40,7 +40,7 @@ from lmboost.surgery.subnet import Cut
 FIELDS = (
     "seed",
     "seq_len",
-    "init.from",
+    "init.path",
     "init.step",
     "data.train",
     "data.validation",
@@ -146,17 +146,17 @@ def largest(cuts: Space) -> dict[str, int]:
 
 
 def load_parent(config: ConfigDict, spec: str, mesh: Mesh) -> Parent:
-    """The model of `init.from`; a UserError where there is none, or where its tokens are not the data's."""
-    if not config.init["from"]:
-        raise UserError("init.from is empty: give the model to cut, a run, a checkpoint or hf:DIR.")
+    """The model of `init.path`; a UserError where there is none, or where its tokens are not the data's."""
+    if not config.init.path:
+        raise UserError("init.path is empty: give the model to cut, a run, a checkpoint or hf:DIR.")
     if not spec:
         raise UserError("data.train is empty: give a directory that lmboost.prepare wrote.")
-    directory = checkpoint.find(config.init["from"], config.init.step, "init.from")
+    directory = checkpoint.find(config.init.path, config.init.step, "init.path")
     manifest, info = checkpoint.read_manifest(directory), loader.info(spec, "validation")
     fingerprint = manifest["data"]["tokenizer"]
     if fingerprint != info.tokenizer_fingerprint:
         raise UserError(
-            f"init.from: the model in {directory} {'was trained with another' if fingerprint else 'has no'} tokenizer "
+            f"init.path: the model in {directory} {'was trained with another' if fingerprint else 'has no'} tokenizer "
             f"{'than' if fingerprint else 'beside it that could be compared with that of'} the data {spec!r}: its "
             "embeddings would stand for other tokens. Prepare the data with its tokenizer."
         )
@@ -167,10 +167,10 @@ def load_parent(config: ConfigDict, spec: str, mesh: Mesh) -> Parent:
         model, dtype=config.model.dtype, vocab_multiple=config.model.vocab_multiple, attention=kernel, remat="none"
     )
     if model.position == "learned" and config.seq_len > model.max_seq_len:
-        raise UserError(f"seq_len={config.seq_len}: the model in init.from has {model.max_seq_len} learned positions.")
+        raise UserError(f"seq_len={config.seq_len}: the model in init.path has {model.max_seq_len} learned positions.")
     like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
     params = checkpoint.load_params(directory, like, mesh)
-    path = config.init["from"]
+    path = config.init.path
     name = os.path.abspath(path.removeprefix(PREFIX)) if "://" not in path else path
     return Parent(PREFIX * path.startswith(PREFIX) + name, model, params, fingerprint, pathlib.Path(directory))
 
@@ -290,9 +290,9 @@ def _recipe(out: pathlib.Path, config: ConfigDict, parent: Parent, child: ModelC
     """The source of winner.py: the searched config, with the winner as its model and start."""
     c = ConfigDict(config)
     c.model = configs.model(child)
-    c.init["from"], c.init.step, c.init.kind, c.init.layers, c.init.fresh = str(out / "winner"), -1, "copy", "", ""
-    if c.objective.kd.weight and not c.teacher["from"]:
-        c.teacher["from"], c.teacher.step = parent.name, config.init.step
+    c.init.path, c.init.step, c.init.kind, c.init.layers, c.init.fresh = str(out / "winner"), -1, "copy", "", ""
+    if c.objective.kd.weight and not c.teacher.path:
+        c.teacher.path, c.teacher.step = parent.name, config.init.step
     return RECIPE.format(
         parent=parent.name,
         params=child.num_params(),

@@ -62,7 +62,7 @@ def read_choices(search: ConfigDict, parent: ModelConfig) -> dict[str, tuple[int
     """
     if parent.layer_sizes:
         raise UserError(
-            f"init.from is a model of unequal layers (layer_sizes={parent.layer_sizes!r}): a cut is searched in one "
+            f"init.path is a model of unequal layers (layer_sizes={parent.layer_sizes!r}): a cut is searched in one "
             "whose layers all have the same sizes."
         )
     one_of("search.granularity", search.granularity, ("coarse", "fine"))
@@ -80,7 +80,7 @@ def read_choices(search: ConfigDict, parent: ModelConfig) -> dict[str, tuple[int
         if choices[name][-1] > size:
             raise UserError(
                 f"search.{name}={search[name]!r}: {choices[name][-1]} is more than the {size} that the model in "
-                f"init.from has. Give sizes of at most {size}."
+                f"init.path has. Give sizes of at most {size}."
             )
     if parent.position == "rope":
         _check_rotation(choices["head_dim"], parent, search.head_dim)

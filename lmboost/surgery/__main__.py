@@ -6,7 +6,7 @@
     python -m lmboost.surgery inherit --parent=RUN_OR_hf:DIR --layers=0-5,8 --out=DIR
                                                                              a checkpoint with some of its layers
 
-A run can inherit by itself, too: --config.init.from=RUN --config.init.kind=inherit. `VERB --help` says more.
+A run can inherit by itself, too: --config.init.path=RUN --config.init.kind=inherit. `VERB --help` says more.
 """
 
 import argparse

@@ -26,7 +26,7 @@ def write_inherited(
 ) -> None:
     """Writes the model that some layers of `parent` make as a checkpoint, in float32.
 
-    A run can start from it (init.from), and it is evaluated and converted as any checkpoint.
+    A run can start from it (init.path), and it is evaluated and converted as any checkpoint.
 
     Args:
       parent: a run, one of its checkpoints, or "hf:DIR".

@@ -151,6 +151,6 @@ def check_models(taken: ModelConfig, child: ModelConfig, field: str) -> None:
     if wrong := [name for name in a if name not in free and a[name] != b[name]]:
         differ = "; ".join(f"{name} is {b[name]!r}, the parent's {a[name]!r}" for name in wrong)
         raise UserError(
-            f"{field}from is a model that these layers can't be taken from: in this config's model, {differ}. Set "
+            f"{field}path is a model that these layers can't be taken from: in this config's model, {differ}. Set "
             f"{', '.join(f'model.{name}={a[name]!r}' for name in wrong)}."
         )

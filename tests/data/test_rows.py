@@ -122,5 +122,5 @@ def test_data_skip_is_a_part_of_what_a_run_is_and_resume_step_is_not():
 def test_a_step_to_resume_from_needs_a_run():
     c = configs.base()
     c.resume.step = 900
-    with pytest.raises(UserError, match="resume.step=900, but resume.from is empty"):
+    with pytest.raises(UserError, match="resume.step=900, but resume.path is empty"):
         plan._check_init(c)

@@ -310,7 +310,7 @@ def test_a_run_learns_and_goes_on_bitwise(trained, tmp_path, recipe, data):
     assert {name: jax.tree.leaves(x)[0].shape[0] for name, x in state.params["model"]["layers"].items()} == {
         "0": 1, "1": 2,
     }  # fmt: skip
-    resumed = runs.run(recipe, tmp_path, data, *RUN_SIZES, f"--config.resume.from={workdir}/checkpoints/6")
+    resumed = runs.run(recipe, tmp_path, data, *RUN_SIZES, f"--config.resume.path={workdir}/checkpoints/6")
     same(state, resumed)
 
 
@@ -320,7 +320,7 @@ def test_it_is_evaluated_and_teaches(trained, tmp_path, recipe, data):
     found = evaluate.evaluate(str(workdir), batches=2, batch_size=8)
     assert found["val_loss"] == pytest.approx(losses(workdir, "val_loss")[-1], rel=1e-5)
     helps = [f"--config.objective.{x}" for x in ("kd.weight=0.5", "kd.stop=1", "align.weight=1", "align.stop=1")]
-    runs.run(recipe, tmp_path, data, f"--config.teacher.from={workdir}", *helps, "--config.steps=3")
+    runs.run(recipe, tmp_path, data, f"--config.teacher.path={workdir}", *helps, "--config.steps=3")
     assert losses(tmp_path, "kd")[0] > 0 and losses(tmp_path, "align")[0] < 0
     manifest = checkpoint.read_manifest(checkpoint.find(str(tmp_path)))
     assert manifest["teacher"]["model"]["layer_sizes"] == "2/1/16/64,2*1/1/8/32"

@@ -92,8 +92,8 @@ def test_a_local_workdir_is_its_own_log_directory_and_stays(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("path", ["s3://bucket/run", "gs://", "gs:///"])
 def test_a_directory_in_another_kind_of_store_is_refused(path):
-    with pytest.raises(UserError, match=rf"resume.from='{path}': expected a local directory or gs://bucket/path"):
-        places.find(path, "resume.from")
+    with pytest.raises(UserError, match=rf"resume.path='{path}': expected a local directory or gs://bucket/path"):
+        places.find(path, "resume.path")
 
 
 def test_the_missing_package_is_named(monkeypatch):

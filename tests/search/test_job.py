@@ -43,7 +43,7 @@ def parent(home, recipe, data):
 
 
 def flags(parent: str, data: str, recipe: str, workdir, **changes) -> list[str]:
-    values = SEARCH | {"init.from": parent} | {k.replace("__", "."): v for k, v in changes.items()}
+    values = SEARCH | {"init.path": parent} | {k.replace("__", "."): v for k, v in changes.items()}
     return [f"--config={recipe}", f"--workdir={workdir}", data, *(f"--config.{k}={v}" for k, v in values.items())]
 
 
@@ -206,7 +206,7 @@ def test_the_layers_of_a_hub_directory_are_searched(recipe, home, tmp_path):
 
 
 BAD = {
-    "no parent": ({"init.from": ""}, "init.from is empty: give the model to cut"),
+    "no parent": ({"init.path": ""}, "init.path is empty: give the model to cut"),
     "no bin": ({"search.params": ""}, "search.params"),
     "empty bin": ({"search.params": "1M-2M"}, "search.params=1000000-2000000: no model of this search has so many"),
     "rows": ({"search.rows": 9}, "search.rows=9 must be a multiple of 8"),
@@ -229,7 +229,7 @@ def test_another_search_in_the_workdir_is_refused(finished, parent, data, recipe
 
 def test_another_tokenizer_is_refused(parent, recipe, home, tmp_path):
     other = "--config.data.train=" + runs.write_data(tmp_path, seed=1, tokenizer="train:310")
-    with pytest.raises(UserError, match="init.from: the model in .* was trained with another tokenizer"):
+    with pytest.raises(UserError, match="init.path: the model in .* was trained with another tokenizer"):
         run(parent, other, recipe, tmp_path / "search")
 
 

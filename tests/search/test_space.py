@@ -177,7 +177,7 @@ def test_what_is_refused(changes, message):
 
 def test_parents_of_unequal_layers_are_refused():
     parent = dataclasses.replace(GQA, layer_sizes="3*4/2/16/128,3*2/2/16/64")
-    with pytest.raises(UserError, match="init.from is a model of unequal layers"):
+    with pytest.raises(UserError, match="init.path is a model of unequal layers"):
         space_of(parent, params="60K-75K")
 
 

@@ -98,7 +98,7 @@ def test_a_child_of_other_sizes_is_told_what_to_set():
         ("", r"layer_sizes is '', the parent's '2\*4/2/16/128,2/1/16/96'. Set model.layer_sizes='2\*4/2/16/128,2/1"),
         ("4/2/16/128,2*2/1/16/96", "Set model.layer_sizes='2"),
     ):
-        with pytest.raises(UserError, match=f"init.from is a model that these layers can't be taken from.*{message}"):
+        with pytest.raises(UserError, match=f"init.path is a model that these layers can't be taken from.*{message}"):
             inherit.plan("inherit", "0-2", "", parent, dataclasses.replace(child, layer_sizes=sizes))
     with pytest.raises(UserError, match="Set model.num_heads=2, model.num_kv_heads=1, model.mlp_dim=96"):
         inherit.plan("inherit", "2", "", parent, dataclasses.replace(child, num_layers=1))

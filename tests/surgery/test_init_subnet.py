@@ -29,14 +29,14 @@ def load(directory):
 
 
 def start(parent: str, *more: str) -> list[str]:
-    return [f"--config.init.from={parent}", "--config.init.kind=subnet", *more]
+    return [f"--config.init.path={parent}", "--config.init.kind=subnet", *more]
 
 
 @pytest.mark.parametrize("sizes", [pytest.param(SMALLER, marks=pytest.mark.slow), UNEQUAL], ids=["uniform", "unequal"])
 def test_a_run_starts_with_the_first_entries(sizes, home, recipe, data, parent, tmp_path, capsys):
     flags = start(parent, "--config.init.layers=0,2", "--config.mesh.fsdp=2", STILL)
     runs.run(recipe, tmp_path / "child", data, *sizes, *flags)
-    assert "init.from: width: the first 24 of 32" in capsys.readouterr().out
+    assert "init.path: width: the first 24 of 32" in capsys.readouterr().out
     (large, params), (small, child) = load(parent), load(tmp_path / "child")
     cut = subnet.first_entries(large, small, (0, 2))
     assert [layer.layer for layer in cut.layers] == [0, 2] and cut.width == tuple(range(24))
@@ -47,7 +47,7 @@ def test_a_run_starts_with_the_first_entries(sizes, home, recipe, data, parent, 
 
 def test_a_cut_of_unequal_layers_learns_from_its_parent_and_is_exported(recipe, data, parent, tmp_path):
     kd = {"weight": 0.7, "ce_weight": 0.3, "temperature": 0.9, "temperature_on": "both", "handover": "constant"}
-    flags = [*(f"--config.objective.kd.{k}={v}" for k, v in kd.items()), f"--config.teacher.from={parent}"]
+    flags = [*(f"--config.objective.kd.{k}={v}" for k, v in kd.items()), f"--config.teacher.path={parent}"]
     runs.run(recipe, tmp_path / "child", data, *UNEQUAL, *flags, *start(parent), "--config.teacher.dtype=float32")
     convert(str(tmp_path / "child"), f"hf:{tmp_path / 'hub'}", report=lambda _: None)
     small, child = load(tmp_path / "child")
