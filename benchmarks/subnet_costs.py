@@ -70,7 +70,8 @@ def arm_costs(module, arm: str, sizes: str) -> Costs:
     parent = module.parent(sizes)
     student = ModelConfig(**(tree("cut") if searched else c).model)
     alone = c.steps * flops.step_flops(student, c.batch_size, c.seq_len)
-    helped = c.steps * flops.step_flops(student, c.batch_size, c.seq_len, teacher=parent, kd=c.objective.kd.weight > 0)
+    helpers = [(parent, None, 1)] if c.objective.kd.weight else []
+    helped = c.steps * flops.step_flops(student, c.batch_size, c.seq_len, helpers)
     tokens = c.search.candidates * c.search.rows * c.seq_len
     search = tokens * flops.forward_flops(hull(c.search, parent), c.seq_len) if searched else 0.0
     return Costs(search, helped - alone, alone)

@@ -4,6 +4,8 @@ Model FLOPs: what the mathematics asks for. Rematerialised activations and padde
 counted, so a utilisation computed from them is MFU in the sense of PaLM (arXiv 2204.02311, appendix B).
 """
 
+from collections.abc import Iterable
+
 from lmboost.models.model_config import ModelConfig
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`. Vendors' specifications:
@@ -52,29 +54,19 @@ def step_flops(
     student: ModelConfig,
     batch_size: int,
     seq_len: int,
-    *,
-    teacher: ModelConfig | None = None,
-    kd: bool = False,
-    align_layer: int | None = None,
-    scorer: ModelConfig | None = None,
-    candidates: int = 1,
+    helpers: Iterable[tuple[ModelConfig, int | None, int]] = (),
 ) -> float:
     """FLOPs of one training step over all devices: three forward passes of the student, and its helpers' one.
 
     Args:
-      teacher: computes all of its layers and the vocabulary projection for `kd`, else the layers up to
-        `align_layer` (the latest one that a student's state is aligned with); without both, nothing.
-      scorer: computes `candidates` rows for each row of the batch, with the vocabulary projection.
+      helpers: of each (model, layers, rows): how many of its first layers it computes, None for all of them and the
+        vocabulary projection, and for how many rows for each row of the batch. See `objective.terms.forwards`.
 
     The learned maps of an alignment are not counted (under a thousandth of a step).
     """
     per_token = 3 * forward_flops(student, seq_len)
-    if teacher and kd:
-        per_token += forward_flops(teacher, seq_len)
-    elif teacher and align_layer is not None:
-        per_token += forward_flops(teacher, seq_len, num_layers=align_layer, vocabulary=False)
-    if scorer:
-        per_token += candidates * forward_flops(scorer, seq_len)
+    for model, layers, rows in helpers:
+        per_token += rows * forward_flops(model, seq_len, layers, vocabulary=layers is None)
     return per_token * batch_size * seq_len
 
 

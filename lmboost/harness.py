@@ -66,23 +66,16 @@ def _score(model: ModelConfig, block_tokens: int, params, rows: Mapping[str, jax
     h_BxCxD = jnp.take_along_axis(h_BxTxD, rows["places"][..., None], axis=1)
     h_BxCxD = sharding.constrain(h_BxCxD, ("batch", "length", "act_embed"))
 
-    shards = sharding.batch_shards()
-    blocks = vocabulary.num_blocks(*targets_BxC.shape, block_tokens, shards)
-    kernel = sharding.constrain(transformer.head(params).astype(h_BxCxD.dtype), (None, "vocab"))
-
-    def one_block(_, block):
-        h, labels = block
-        logits = vocabulary.project(h, vocabulary.Head(kernel, model.vocab_size))
-        logits = sharding.constrain(logits, ("batch", None, None, "vocab"))
+    def one_block(_, logits, h, labels):
         label_logits = vocabulary.pick(logits, labels)
         ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
         labels, least = labels[..., None], label_logits[..., None]
         better = (logits > least) | ((logits == least) & (ids < labels))
         return None, (label_logits - jax.nn.logsumexp(logits, axis=-1), ~jnp.any(better, axis=-1))
 
-    xs = tuple(vocabulary.split_blocks(x, shards, blocks) for x in (h_BxCxD, targets_BxC))
-    _, found = jax.lax.scan(one_block, None, xs)
-    return tuple(sharding.constrain(vocabulary.join_blocks(x, targets_BxC.shape), (None, None)) for x in found)
+    head = vocabulary.Head(transformer.head(params), model.vocab_size).laid_out(h_BxCxD.dtype)
+    _, found = vocabulary.over_blocks(one_block, head, h_BxCxD, targets_BxC, block_tokens)
+    return tuple(sharding.constrain(x, (None, None)) for x in found)
 
 
 class LanguageModel(TemplateLM):

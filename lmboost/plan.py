@@ -10,7 +10,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, flops, places, schedules, sharding
+from lmboost import checkpoint, flops, places, sharding
 from lmboost import config as configs
 from lmboost.checkpoint import PACKAGES, versions
 from lmboost.data import loader
@@ -18,10 +18,10 @@ from lmboost.data.rows import Rows, parse_ranges
 from lmboost.errors import UserError, one_of
 from lmboost.models import attention
 from lmboost.models.model_config import ModelConfig
-from lmboost.objective import align, select
-from lmboost.objective.kd import Distillation
+from lmboost.objective import terms
+from lmboost.objective.terms import Objective, make_objective
 from lmboost.surgery import inherit
-from lmboost.train_step import Objective
+from lmboost.train_step import Program, init_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,37 +35,58 @@ class Helper:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run, ready to be built."""
+    """A run, ready to be built: plain values, checked. The last three are None in an `outline`.
 
-    config: ConfigDict
+    Attributes:
+      spans: the steps with the same helps, from the first to the last.
+      rows: which rows of the data a step reads.
+      seed: of the parameters and of the order of the data.
+      skip: steps whose rows are left out, as they were given.
+    """
+
     student: ModelConfig
     objective: Objective
-    phases: list[tuple[int, frozenset[str]]]  # (first step, active helps)
+    spans: tuple[terms.Span, ...]
     rows: Rows
-    train_data: loader.DataInfo
-    validation_data: loader.DataInfo
+    steps: int
+    batch_size: int
+    seq_len: int
+    accumulation: int
+    seed: int
+    skip: str
     teacher: Helper | None
     scorer: Helper | None
-    manifest: dict[str, Any]
+    train_data: loader.DataInfo | None = None
+    validation_data: loader.DataInfo | None = None
+    manifest: dict[str, Any] | None = None
 
-    def helps(self, step: int) -> frozenset[str]:
-        """Which helps are active in a step."""
-        return schedules.active_helps(self.phases, step)
+    def span(self, step: int) -> terms.Span:
+        """The one that a step lies in."""
+        return next(span for span in self.spans if step < span.end)
 
-    def spans(self) -> list[tuple[int, int, frozenset[str]]]:
-        """(first step, step after the last, active helps) of each phase."""
-        return spans(self.phases, self.config.steps)
+    def needed(self, step: int) -> frozenset[str]:
+        """Which helpers' parameters are needed in this step or a later one."""
+        return terms.needed(frozenset().union(*(span.helps for span in self.spans if span.end > step)))
+
+    def program(self, helps: frozenset[str]) -> Program:
+        """What the step of a span is compiled for."""
+        models = {name: helper.model if helper else None for name, helper in self.helpers().items()}
+        return Program(self.student, self.objective, helps, accumulation=self.accumulation, **models)
+
+    def helpers(self) -> dict[str, Helper | None]:
+        return {"teacher": self.teacher, "scorer": self.scorer}
+
+    def init_params(self) -> Any:
+        """The random parameters that a run begins with, see `train_step.init_params`."""
+        return init_params(self.student, self.objective, self.seed, self.teacher.model if self.teacher else None)
 
     def flops(self, step: int) -> float:
         """Model FLOPs of the first `step` steps, helpers included."""
-        c, total = self.config, 0.0
-        for first, end, helps in self.spans():
-            layers = [t for _, t in self.objective.align.pairs] if "align" in helps else [None]
-            one = flops.step_flops(
-                self.student, c.batch_size, c.seq_len,
-                teacher=self.teacher.model if self.teacher else None, kd="kd" in helps, align_layer=max(layers),
-                scorer=self.scorer.model if "select" in helps else None, candidates=self.objective.select.candidates,
-            )  # fmt: skip
+        models = {name: helper and helper.model for name, helper in self.helpers().items()}
+        total = 0.0
+        for first, end, helps in self.spans:
+            forwards = terms.forwards(self.objective, helps, models)
+            one = flops.step_flops(self.student, self.batch_size, self.seq_len, forwards)
             total += one * max(min(step, end) - first, 0)
         return total
 
@@ -77,8 +98,8 @@ class Plan:
         return {
             "step": step,
             "first_row": self.rows.stand(step),
-            "seq_len": self.config.seq_len,
-            "seed": self.config.seed,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
             "fingerprint": self.train_data.fingerprint,
         }
 
@@ -87,17 +108,17 @@ class Plan:
 
         `origin` says which checkpoint that is.
         """
-        step, skip = position["step"], self.config.data.skip
+        step = position["step"]
         if position == self.position(step):
             return
         missed = self.rows.missed_jump(step, position["first_row"])
         if missed is not None and position == self.position(step) | {"first_row": position["first_row"]}:
-            first, last = parse_ranges(skip, self.config.steps)[missed]
+            first, last = parse_ranges(self.skip, self.steps)[missed]
             at = self.rows.jumps[missed][0]
             raise UserError(
-                f"data.skip={skip!r}: what is left out for {first}-{last} begins at step {at + 1}, but the run goes on "
-                f"from step {step} ({origin}): rows of it have been read already. Choose a resume.step of at most "
-                f"{at}, or leave {first}-{last} out of data.skip."
+                f"data.skip={self.skip!r}: what is left out for {first}-{last} begins at step {at + 1}, but the run "
+                f"goes on from step {step} ({origin}): rows of it have been read already. Choose a resume.step of at "
+                f"most {at}, or leave {first}-{last} out of data.skip."
             )
         raise UserError(
             f"{origin} stands at data position {position}, but this config is at {self.position(step)} there: "
@@ -112,67 +133,39 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
     _check_init(config)
-    phases = schedules.help_phases(config.objective, config.steps)
-    active = frozenset().union(*(helps for _, helps in phases))
-    teacher = scorer = None
-    if active:
-        needs_teacher = active & {"kd", "align"} or not config.objective.select.scorer
-        if needs_teacher:
-            teacher = _helper(config, "teacher.path", config.teacher.path, config.teacher.step, active, platform)
-        scorer = teacher
-        if "select" in active and config.objective.select.scorer:
-            field = "objective.select.scorer"
-            spec, step = config.objective.select.scorer, config.objective.select.scorer_step
-            scorer = _helper(config, field, spec, step, active, platform)
-        for helper, field in ((teacher, "teacher.path"), (scorer, "objective.select.scorer")):
-            if helper:
-                _check_tokenizer(helper, field, train_data, student)
-    objective = make_objective(config, student, teacher.model if teacher else None, active)
-    selecting = tuple((first, end) for first, end, helps in spans(phases, config.steps) if "select" in helps)
-    rows = Rows(config.batch_size, objective.select.candidates, selecting)
-    rows = rows.without(parse_ranges(config.data.skip, config.steps), config.steps)
+    teacher, scorer = _helpers(config, platform)
+    for helper, field in ((teacher, "teacher.path"), (scorer, "objective.select.scorer")):
+        if helper:
+            _check_tokenizer(helper, field, train_data, student)
+    run = outline(config, student, teacher, scorer)
     manifest = _manifest(config, student, train_data, validation_data, teacher, scorer)
     _check_workdir(config, workdir)
-    return Plan(config, student, objective, phases, rows, train_data, validation_data, teacher, scorer, manifest)
+    return dataclasses.replace(run, train_data=train_data, validation_data=validation_data, manifest=manifest)
 
 
-def spans(phases: list[tuple[int, frozenset[str]]], steps: int) -> list[tuple[int, int, frozenset[str]]]:
-    """(first step, step after the last, active helps) of each phase of a run."""
-    ends = [first for first, _ in phases[1:]] + [steps]
-    return [(first, end, helps) for (first, helps), end in zip(phases, ends, strict=True)]
+def outline(config: ConfigDict, student: ModelConfig, teacher: Helper | None, scorer: Helper | None) -> Plan:
+    """The plan of a run as far as its compiled programs depend on it: without data, manifest and workdir."""
+    spans = terms.spans(config.objective, config.steps)
+    objective = make_objective(config.objective, config.steps, student, teacher and teacher.model)
+    selecting = tuple((first, end) for first, end, helps in spans if "select" in helps)
+    rows = Rows(config.batch_size, objective.select.candidates, selecting)
+    names = ("steps", "batch_size", "seq_len", "accumulation", "seed")
+    return Plan(
+        student, objective, spans, rows.without(parse_ranges(config.data.skip, config.steps), config.steps),
+        **{name: config[name] for name in names}, skip=config.data.skip, teacher=teacher, scorer=scorer,
+    )  # fmt: skip
 
 
-def make_objective(
-    config: ConfigDict, student: ModelConfig, teacher: ModelConfig | None, active: frozenset[str]
-) -> Objective:
-    """The objective subtree as plain values."""
-    tree, steps = config.objective, config.steps
-    names = ("temperature", "temperature_on", "divergence", "top_k", "top_p", "tail")
-    kd = Distillation(**{n: tree.kd[n] for n in names}).validate()
-    if "kd" in active and kd.divergence == "reverse" and teacher.vocab_size < student.vocab_size:
-        raise UserError(
-            f"objective.kd.divergence='reverse' needs a teacher with the student's vocabulary: the teacher has "
-            f"{teacher.vocab_size} rows, model.vocab_size={student.vocab_size}."
-        )
-    alignment = None
-    if "align" in active:
-        pairs = align.parse_pairs(tree.align.pairs, student.num_layers, teacher.num_layers)
-        names = ("scale", "map", "centre", "final_norm")
-        alignment = align.Alignment(pairs, **{n: tree.align[n] for n in names}).validate()
-    candidates, fraction = tree.select.candidates, tree.select.fraction
-    selection = select.Selection(
-        candidates, 1 / max(candidates, 1) if fraction == -1 else fraction, tree.select.k, tree.select.others
-    ).validate()
-    return Objective(
-        kd=kd,
-        align=alignment,
-        select=selection,
-        kd_weight=schedules.kd_weight(tree.kd, steps),
-        align_weight=schedules.align_weight(tree.align, steps),
-        ce_weight=tree.kd.ce_weight,
-        z_loss=tree.z_loss,
-        block_tokens=tree.block_tokens,
-    )
+def _helpers(config: ConfigDict, platform: str) -> tuple[Helper | None, Helper | None]:
+    """(teacher, scorer), as far as the helps of the objective need them; the scorer is the teacher if none is named."""
+    active = frozenset().union(*(span.helps for span in terms.spans(config.objective, config.steps)))
+    needed, select, teacher = terms.needed(active), config.objective.select, None
+    if "teacher" in needed or ("scorer" in needed and not select.scorer):
+        teacher = _helper(config, "teacher.path", config.teacher.path, config.teacher.step, active, platform)
+    if "scorer" not in needed or not select.scorer:
+        return teacher, teacher
+    field = "objective.select.scorer"
+    return teacher, _helper(config, field, select.scorer, select.scorer_step, active, platform)
 
 
 def check_numbers(config: ConfigDict, num_devices: int) -> None:

@@ -44,7 +44,7 @@ from lmboost.run.log import RunLog
 from lmboost.run.logdir import LogDir
 from lmboost.run.metrics import take_over
 from lmboost.run.processes import say
-from lmboost.train_step import TrainState, init_params, init_state, jit_train_step
+from lmboost.train_step import TrainState, init_state, jit_train_step
 
 
 def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainState:
@@ -72,7 +72,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 run.student, c.data.validation or c.data.train, c.seq_len, c.batch_size, c.eval.batches, mesh,
                 c.objective.block_tokens,
             )  # fmt: skip
-            tasks = _tasks(run, mesh) if c.eval.tasks else None
+            tasks = _tasks(c, run, mesh) if c.eval.tasks else None
             keep(lock.Lock(workdir))
             log_dir = keep(LogDir(workdir))
         clock = goodput.Clock(log_dir.path, started=started)
@@ -81,7 +81,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
 
         # -------------------------------------------------------------- state and helpers
         with clock.measure("restore"):
-            tx, learning_rate = optimizers.make_optimizer(c.optimizer, c.steps, _shapes(run))
+            tx, learning_rate = optimizers.make_optimizer(c.optimizer, c.steps, jax.eval_shape(run.init_params))
             checkpointer = closing.enter_context(Checkpointer(workdir, c.checkpoint, mesh))
             state, start, evaluated = _start(run, mesh, tx, checkpointer, log_dir)
             if start >= c.steps:
@@ -111,12 +111,12 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if preempted.reached(step):
                 with clock.measure("save"):
                     _stop(checkpointer, state, step, start, evaluated, run, manifest, log)
-            helps = run.helps(step)
-            fresh = step_fn is None or helps != run.helps(step - 1)
+            helps = run.span(step).helps
+            fresh = step_fn is None or step == run.span(step).first
             if fresh:
                 log.pause()
-                helpers = {k: v for k, v in helpers.items() if k in _helpers_needed(run, step)}
-                step_fn = jit_train_step(run, tx, learning_rate, helps, state)
+                helpers = {k: v for k, v in helpers.items() if k in run.needed(step)}
+                step_fn = jit_train_step(run.program(helps), tx, learning_rate, state)
                 say(f"step {step}: training {'with ' + ', '.join(sorted(helps)) if helps else 'alone'}")
             log.profile(step)
             watch.beat(f"waiting for the data of step {step}")
@@ -167,20 +167,14 @@ def _stop(checkpointer, state, done: int, start: int, evaluated: bool, run: plan
     )
 
 
-def _tasks(run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
+def _tasks(c: ConfigDict, run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
     """What the lm-evaluation-harness finds out about parameters; texts are read in rows of the run's length."""
     from lmboost import harness  # needs a package that is not always there
 
-    c = run.config
     coder = tokenizer.load(run.train_data.tokenizer_path)
     length = min(c.seq_len, run.student.max_seq_len)
     lm = harness.LanguageModel(run.student, None, mesh, coder, c.batch_size, length, c.objective.block_tokens)
     return harness.in_training(lm, harness.names_of(c.eval.tasks), c.eval.tasks_include)
-
-
-def _shapes(run: plan.Plan) -> Any:
-    teacher = run.teacher.model if run.teacher else None
-    return jax.eval_shape(lambda: init_params(run.student, run.objective, run.config.seed, teacher))
 
 
 def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: LogDir) -> tuple[TrainState, int, bool]:
@@ -189,7 +183,7 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: 
     That of the run's own newest whole checkpoint, else resume.path, else init.path, else random.
     """
     c = run.config
-    fresh = functools.partial(_fresh_state, run, tx)
+    fresh = lambda: init_state(run.init_params(), tx)  # noqa: E731
     like = jax.eval_shape(fresh)
     shardings = sharding.tree_sharding(like, mesh)
     resume, init = c.resume.path, c.init.path
@@ -219,21 +213,10 @@ def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: 
     return state, 0, True
 
 
-def _fresh_state(run: plan.Plan, tx) -> TrainState:
-    teacher = run.teacher.model if run.teacher else None
-    return init_state(init_params(run.student, run.objective, run.config.seed, teacher), tx)
-
-
-def _helpers_needed(run: plan.Plan, step: int) -> set[str]:
-    """Which helpers' parameters are needed in this step or a later one."""
-    later = frozenset().union(*(helps for _, end, helps in run.spans() if end > step))
-    return ({"teacher"} if later & {"kd", "align"} else set()) | ({"scorer"} if "select" in later else set())
-
-
 def _load_helpers(run: plan.Plan, step: int, mesh: Mesh) -> dict[str, Any]:
     """Parameters of teacher and scorer, in their own dtype, spread over the mesh. One copy if they are one model."""
     loaded, dtype = {}, run.config.teacher.dtype
-    for name in sorted(_helpers_needed(run, step)):
+    for name in sorted(run.needed(step)):
         helper = getattr(run, name)
         same = [other for other in loaded if getattr(run, other).directory == helper.directory]
         if same:

@@ -9,7 +9,7 @@ metrics of an accumulated batch are those of the whole one.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -17,11 +17,14 @@ import jax.numpy as jnp
 import optax
 
 from lmboost import sharding
-from lmboost.models import transformer, vocabulary
+from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
-from lmboost.objective import align, kd
-from lmboost.objective import blend as objectives
-from lmboost.objective import select as selects
+from lmboost.models.vocabulary import Head
+from lmboost.objective import align, select
+from lmboost.objective.blend import Coefficients, Sums, blend
+from lmboost.objective.kd import SoftTargets
+from lmboost.objective.terms import Objective, needed
+from lmboost.schedules import Schedule
 
 Batch = Mapping[str, jax.Array]  # tokens, targets, segment_ids, positions, weights: each [rows, T]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
@@ -38,17 +41,34 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
-    """The terms of the loss and their weights as functions of the step."""
+class Program:
+    """What a train step is compiled for.
 
-    kd: kd.Distillation
-    align: align.Alignment | None
-    select: selects.Selection
-    kd_weight: Callable[[jax.Array], jax.Array]
-    align_weight: Callable[[jax.Array], jax.Array]
-    ce_weight: float = -1.0  # beside kd; -1 is 1 - w
-    z_loss: float = 0.0
-    block_tokens: int = 1024
+    Attributes:
+      helps: which are active, of `terms.HELPS`; the others leave no trace in the graph.
+      teacher, scorer: configs of the helpers whose parameters the step is given. They get no gradient and are part of
+        no state.
+      accumulation: parts that the batch is worked through in.
+    """
+
+    student: ModelConfig
+    objective: Objective
+    helps: frozenset[str] = frozenset()
+    teacher: ModelConfig | None = None
+    scorer: ModelConfig | None = None
+    accumulation: int = 1
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(student state, teacher state) that are aligned."""
+        return self.objective.align.pairs if "align" in self.helps else ()
+
+
+class _Gathered(NamedTuple):
+    """What one pass over the rows adds up beside the gradient."""
+
+    sums: Sums
+    align: jax.Array  # of negative cosines
 
 
 def init_params(student: ModelConfig, objective: Objective, seed: int, teacher: ModelConfig | None = None):
@@ -67,144 +87,40 @@ def init_state(params, tx: optax.GradientTransformation) -> TrainState:
 
 
 def make_train_step(
-    student: ModelConfig,
-    tx: optax.GradientTransformation,
-    learning_rate: Callable[[jax.Array], jax.Array],
-    objective: Objective,
-    helps: frozenset[str] = frozenset(),
-    teacher: ModelConfig | None = None,
-    scorer: ModelConfig | None = None,
-    accumulation: int = 1,
+    program: Program, tx: optax.GradientTransformation, learning_rate: Schedule
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]:
     """Builds `step(state, helpers, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
-    Args:
-      helps: which of "kd", "align" and "select" are active; the others leave no trace in the graph.
-      teacher, scorer: configs of the helpers whose parameters `helpers["teacher"]` and `helpers["scorer"]`
-        are. They get no gradient and are part of no state.
-      accumulation: parts that the batch is worked through in.
-
-    `batch` has select.candidates times as many rows if "select" is active.
+    `helpers` has the parameters of "teacher" and "scorer" as far as `program.helps` need them. `batch` has
+    select.candidates times as many rows if "select" is active.
     """
-    guided = objective.align.pairs if "align" in helps else ()
-
-    def help_from_teacher(params, batch):
-        """The teacher's last hidden state and the states that guide the student, without gradient."""
-        if not helps & {"kd", "align"}:
-            return None, {}
-        wanted = {layer for _, layer in guided}
-        h, captured = _forward(teacher, params, batch, capture=wanted)
-        if guided and objective.align.final_norm and teacher.num_layers in wanted:
-            captured[teacher.num_layers] = h
-        return h, {s: captured[t] for s, t in guided}
-
-    def loss_sums(params, probes, helpers, batch, step):
-        """(sum over tokens to differentiate, Sums and alignment sums)."""
-        weights = batch["weights"]
-        h_teacher, guides = jax.lax.stop_gradient(help_from_teacher(helpers.get("teacher"), batch))
-        lam, maps = objective.align_weight(step), params.get("align", {})
-        taps = {
-            s: align.tap(target, weights, objective.align, lam, probes[str(s)], jax.lax.stop_gradient(maps.get(str(s))))
-            for s, target in guides.items()
-        }
-        h, captured = _forward(student, params["model"], batch, capture=guides, taps=taps)
-        kd = {}
-        if "kd" in helps:
-            teacher_head = vocabulary.Head(transformer.head(helpers["teacher"]), teacher.vocab_size)
-            kd = {"kd": objective.kd, "teacher_h": h_teacher, "teacher": teacher_head}
-        sums = objectives.blend(
-            h, vocabulary.Head(transformer.head(params["model"]), student.vocab_size), batch["targets"], weights,
-            _coefficients(objective, helps, step), block_tokens=objective.block_tokens, **kd,
-        )  # fmt: skip
-        loss, align_sum = sums.loss, jnp.zeros((), jnp.float32)
-        for s, target in guides.items():
-            state = jax.lax.stop_gradient(captured[s])  # its gradient went in by the tap
-            term = align.negative_cosine(state, target, weights, objective.align, maps.get(str(s)))
-            align_sum += jax.lax.stop_gradient(term)
-            loss += term if str(s) in maps else 0.0
-        return loss, (sums, align_sum)
-
-    def gradients(params, helpers, batch, step):
-        probes = {str(s): jnp.zeros(2, jnp.float32) for s, _ in guided}
-        (_, sums), grads = jax.value_and_grad(loss_sums, argnums=(0, 1), has_aux=True)(
-            params, probes, helpers, batch, step
-        )
-        return grads, sums
-
-    def accumulated(params, helpers, batch, step):
-        if accumulation == 1:
-            return gradients(params, helpers, batch, step)
-        parts = jax.tree.map(lambda x: _split_rows(x, accumulation), batch)
-
-        def add(total, part):
-            return jax.tree.map(jnp.add, total, gradients(params, helpers, part, step)), None
-
-        shapes = jax.eval_shape(gradients, params, helpers, jax.tree.map(lambda x: x[0], parts), step)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, parts)[0]
 
     def step_fn(state: TrainState, helpers: Mapping[str, Any], batch: Batch):
         metrics, helpers = {}, jax.lax.stop_gradient(helpers)
-        if "select" in helps:
-            batch, metrics["kept_fraction"] = _select(objective, scorer, helpers["scorer"], batch, accumulation)
-        (grads, probes), (sums, align_sum) = accumulated(state.params, helpers, batch, state.step)
-        tokens = jnp.maximum(sums.count, 1.0)
-        grads = jax.tree.map(lambda g: g / tokens, grads)
+        if "select" in program.helps:
+            batch, metrics["kept_fraction"] = _select(program, helpers["scorer"], batch)
+        (grads, probes), gathered = _accumulated(program, state.params, helpers, batch, state.step)
+        grads = jax.tree.map(lambda g: g / jnp.maximum(gathered.sums.count, 1.0), grads)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(grad_norm)
-
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
-        skipped = (~finite).astype(jnp.int32)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=params,
-            opt_state=opt_state,
-            skipped=state.skipped + skipped,
-            skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
-        )
-        one = jnp.ones((), jnp.float32)
-        metrics |= {
-            "loss": (sums.loss, sums.count),
-            "ce": (sums.ce, sums.count),
-            "grad_norm": (grad_norm, one),
-            "learning_rate": (jnp.asarray(learning_rate(state.step - state.skipped), jnp.float32), one),
-            "predicted_tokens": (sums.count, one),
-            "skipped": (new_state.skipped.astype(jnp.float32), one),
-            "skipped_in_a_row": (new_state.skipped_in_a_row.astype(jnp.float32), one),
+        finite = jnp.isfinite(gathered.sums.loss) & jnp.isfinite(grad_norm)
+        new_state = _update(state, grads, finite, tx)
+        metrics |= _metrics(program, state.step, gathered, probes)
+        return new_state, metrics | {
+            "grad_norm": _one(grad_norm),
+            "learning_rate": _one(learning_rate(state.step - state.skipped)),
+            "skipped": _one(new_state.skipped),
+            "skipped_in_a_row": _one(new_state.skipped_in_a_row),
         }
-        if "kd" in helps:
-            metrics["kd"] = (sums.kd, sums.count)
-            metrics["kd_weight"] = (jnp.asarray(objective.kd_weight(state.step), jnp.float32), one)
-        if "align" in helps:
-            added, other = jnp.sum(jnp.stack(list(probes.values())), 0)
-            metrics["align"] = (align_sum, sums.count * len(guided))
-            metrics["align_cosine"] = (-align_sum, sums.count * len(guided))
-            metrics["align_ratio"] = (jnp.sqrt(added / jnp.maximum(other, 1e-30)), one)
-            metrics["align_weight"] = (jnp.asarray(objective.align_weight(state.step), jnp.float32), one)
-            if objective.align.scale == "plain":
-                weighted = objective.align_weight(state.step) * align_sum
-                metrics["loss"] = (sums.loss + weighted, sums.count)
-        return new_state, metrics
 
     return step_fn
 
 
-def jit_train_step(run, tx: optax.GradientTransformation, learning_rate: Callable, helps: frozenset[str], state):
-    """The jitted step of a run's phase: the state is donated and comes out laid out as it went in.
+def jit_train_step(program: Program, tx: optax.GradientTransformation, learning_rate: Schedule, state: TrainState):
+    """The jitted step: the state is donated and comes out laid out as it went in.
 
-    Args:
-      run: the `plan.Plan`.
-      helps: those of the phase.
-      state: a TrainState of arrays, or of ShapeDtypeStructs with shardings to compile for devices that are not here.
+    state: of arrays, or of ShapeDtypeStructs with shardings to compile for devices that are not here.
     """
-    step_fn = make_train_step(
-        run.student, tx, learning_rate, run.objective, helps,
-        run.teacher.model if run.teacher else None, run.scorer.model if run.scorer else None, run.config.accumulation,
-    )  # fmt: skip
+    step_fn = make_train_step(program, tx, learning_rate)
     return jax.jit(step_fn, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), None))
 
 
@@ -213,45 +129,148 @@ def make_eval_step(student: ModelConfig, block_tokens: int) -> Callable[[Any, Ba
 
     def step_fn(params, batch):
         h, _ = _forward(student, params, batch)
-        head = vocabulary.Head(transformer.head(params), student.vocab_size)
-        sums = objectives.blend(h, head, batch["targets"], batch["weights"], block_tokens=block_tokens)
+        head = Head(transformer.head(params), student.vocab_size)
+        sums = blend(h, head, batch["targets"], batch["weights"], block_tokens=block_tokens)
         return sums.ce, sums.count
 
     return step_fn
+
+
+# ---------------------------------------------------------------------- the loss and its gradient
 
 
 def _forward(config: ModelConfig, params, batch: Batch, **kwargs):
     return transformer.apply(config, params, batch["tokens"], batch["segment_ids"], batch["positions"], **kwargs)
 
 
-def _coefficients(objective: Objective, helps: frozenset[str], step) -> objectives.Coefficients:
-    if "kd" not in helps:
-        return objectives.Coefficients(1.0, 0.0, objective.z_loss)
-    kd = objective.kd_weight(step)
-    ce = 1.0 - kd if objective.ce_weight < 0 else objective.ce_weight
-    return objectives.Coefficients(ce, kd, objective.z_loss)
+def _teacher_states(program: Program, params, batch: Batch) -> tuple[jax.Array | None, dict[int, jax.Array]]:
+    """The teacher's last hidden state and the states that guide the student's, without gradient."""
+    if "teacher" not in needed(program.helps):
+        return None, {}
+    wanted = {layer for _, layer in program.pairs}
+    h, captured = _forward(program.teacher, params, batch, capture=wanted)
+    if program.teacher.num_layers in wanted and program.objective.align.final_norm:
+        captured[program.teacher.num_layers] = h
+    return jax.lax.stop_gradient((h, {s: captured[t] for s, t in program.pairs}))
+
+
+def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], batch: Batch, step):
+    """(sum over tokens to differentiate, what is gathered)."""
+    student, objective, weights = program.student, program.objective, batch["weights"]
+    h_teacher, guides = _teacher_states(program, helpers.get("teacher"), batch)
+    maps, taps = params.get("align", {}), {}
+    for s, target in guides.items():
+        fixed = jax.lax.stop_gradient(maps.get(str(s)))
+        lam = objective.weights["align"](step)
+        taps[s] = align.tap(target, weights, objective.align, lam, probes[str(s)], fixed)
+    h, captured = _forward(student, params["model"], batch, capture=guides, taps=taps)
+    coefficients, soft = Coefficients(z=objective.z_loss), None
+    if "kd" in program.helps:
+        kd = objective.weights["kd"](step)
+        coefficients = Coefficients(1.0 - kd if objective.ce_weight < 0 else objective.ce_weight, kd, objective.z_loss)
+        soft = SoftTargets(h_teacher, transformer.head(helpers["teacher"]), program.teacher.vocab_size, objective.kd)
+    head = Head(transformer.head(params["model"]), student.vocab_size)
+    sums = blend(h, head, batch["targets"], weights, coefficients, soft, block_tokens=objective.block_tokens)
+    loss, align_sum = sums.loss, jnp.zeros((), jnp.float32)
+    for s, target in guides.items():
+        state = jax.lax.stop_gradient(captured[s])  # its gradient went in by the tap
+        term = align.negative_cosine(state, target, weights, objective.align, maps.get(str(s)))
+        align_sum += jax.lax.stop_gradient(term)
+        loss += term if str(s) in maps else 0.0
+    return loss, _Gathered(sums, align_sum)
+
+
+def _gradients(program: Program, params, helpers: Mapping[str, Any], batch: Batch, step):
+    """((gradient, what the taps' probes saw), what is gathered), all of them sums over the rows."""
+    probes = {str(s): jnp.zeros(2, jnp.float32) for s, _ in program.pairs}
+    differentiate = jax.value_and_grad(_loss_sums, argnums=(0, 1), has_aux=True)
+    (_, gathered), grads = differentiate(params, probes, program, helpers, batch, step)
+    return grads, gathered
+
+
+def _accumulated(program: Program, params, helpers: Mapping[str, Any], batch: Batch, step):
+    """As `_gradients`, of the batch in parts, one after the other."""
+    if program.accumulation == 1:
+        return _gradients(program, params, helpers, batch, step)
+    parts = jax.tree.map(lambda x: _split_rows(x, program.accumulation), batch)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, _gradients(program, params, helpers, part, step)), None
+
+    part = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(lambda *arguments: _gradients(program, *arguments), params, helpers, part, step)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _update(state: TrainState, grads, finite, tx: optax.GradientTransformation) -> TrainState:
+    """The next state; parameters and optimizer stay as they are where something is not finite."""
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+    skipped = (~finite).astype(jnp.int32)
+    return TrainState(
+        step=state.step + 1,
+        params=params,
+        opt_state=opt_state,
+        skipped=state.skipped + skipped,
+        skipped_in_a_row=(state.skipped_in_a_row + 1) * skipped,
+    )
+
+
+def _metrics(program: Program, step, gathered: _Gathered, probes: Mapping[str, jax.Array]) -> Metrics:
+    """(sum, count) of the terms, in nats per token, and of the helps' weights."""
+    (sums, align_sum), weights = gathered, program.objective.weights
+    metrics = {
+        "loss": (sums.loss, sums.count),
+        "ce": (sums.ce, sums.count),
+        "predicted_tokens": _one(sums.count),
+    }
+    if "kd" in program.helps:
+        metrics["kd"] = (sums.kd, sums.count)
+        metrics["kd_weight"] = _one(weights["kd"](step))
+    if "align" in program.helps:
+        added, other = jnp.sum(jnp.stack(list(probes.values())), 0)
+        metrics["align"] = (align_sum, sums.count * len(program.pairs))
+        metrics["align_cosine"] = (-align_sum, sums.count * len(program.pairs))
+        metrics["align_ratio"] = _one(jnp.sqrt(added / jnp.maximum(other, 1e-30)))
+        metrics["align_weight"] = _one(weights["align"](step))
+        if program.objective.align.scale == "plain":
+            metrics["loss"] = (sums.loss + weights["align"](step) * align_sum, sums.count)
+    return metrics
+
+
+def _one(value) -> tuple[jax.Array, jax.Array]:
+    """A number of the step as a metric."""
+    return jnp.asarray(value, jnp.float32), jnp.ones((), jnp.float32)
+
+
+# ---------------------------------------------------------------------- rows
 
 
 def _split_rows(x: jax.Array, parts: int) -> jax.Array:
-    """[B, T] -> [parts, B / parts, T]. Part i takes every parts-th row, so that no row leaves its device."""
+    """[B, ...] -> [parts, B / parts, ...]. Part i takes every parts-th row, so that no row leaves its device."""
     x = jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
-    return sharding.constrain(x, (None, "batch", "length"))
+    return sharding.constrain(x, (None, "batch") + (None,) * (x.ndim - 2))
 
 
-def _select(objective: Objective, scorer: ModelConfig, params, candidates: Batch, accumulation: int):
+def _select(program: Program, params, candidates: Batch) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
     """The batch of the best candidates; rows beyond the kept fraction have weight 0. Also (kept, candidates)."""
-    selection = objective.select
+    objective, selection, scorer = program.objective, program.objective.select, program.scorer
     rows = candidates["tokens"].shape[0]
-    batch_size, parts = rows // selection.candidates, selection.candidates * accumulation
-    head = vocabulary.Head(transformer.head(params), scorer.vocab_size)
+    batch_size, parts = rows // selection.candidates, selection.candidates * program.accumulation
+    head = Head(transformer.head(params), scorer.vocab_size)
 
     def score(part):
         h, _ = _forward(scorer, params, part)
-        return selects.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens)
+        return select.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens)
 
     scores = jax.lax.map(score, jax.tree.map(lambda x: _split_rows(x, parts), dict(candidates)))
     scores = jax.lax.stop_gradient(jnp.swapaxes(scores, 0, 1).reshape(rows))
-    index, mask = selects.choose(scores, batch_size, selection.kept_rows(batch_size))
-    batch = {k: sharding.constrain(jnp.take(x, index, axis=0), ("batch", "length")) for k, x in candidates.items()}
+    index, mask = select.choose(scores, batch_size, selection.kept_rows(batch_size))
+    take = lambda x: sharding.constrain(jnp.take(x, index, axis=0), ("batch",) + (None,) * (x.ndim - 1))  # noqa: E731
+    batch = {name: take(x) for name, x in candidates.items()}
     batch["weights"] = batch["weights"] * mask[:, None]
     return batch, (mask.sum(), jnp.float32(rows))

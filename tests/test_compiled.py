@@ -17,7 +17,8 @@ from lmboost.models.model_config import ModelConfig
 from lmboost.objective.align import Alignment
 from lmboost.objective.kd import Distillation
 from lmboost.objective.select import Selection
-from lmboost.train_step import Objective, init_params, init_state, make_train_step
+from lmboost.objective.terms import Objective
+from lmboost.train_step import Program, init_params, init_state, make_train_step
 
 # A vocabulary so large against everything else that only logits can have B x T x V elements.
 STUDENT = ModelConfig(
@@ -25,7 +26,11 @@ STUDENT = ModelConfig(
 )
 TEACHER = dataclasses.replace(STUDENT, d_model=16, num_layers=1)
 OBJECTIVE = Objective(
-    Distillation(top_k=10), Alignment(((1, 1),)), Selection(2, 0.5), lambda s: 0.5, lambda s: 1.0, block_tokens=64
+    Distillation(top_k=10),
+    Alignment(((1, 1),)),
+    Selection(2, 0.5),
+    {"kd": lambda s: 0.5, "align": lambda s: 1.0},
+    block_tokens=64,
 )
 HELPS = frozenset({"kd", "align", "select"})
 
@@ -46,7 +51,7 @@ def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3):
         row = jax.ShapeDtypeStruct((rows, tokens), jnp.int32, sharding=sharding.batch_sharding(mesh))
         batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
         batch["weights"] = jax.ShapeDtypeStruct(row.shape, jnp.float32, sharding=row.sharding)
-        step = make_train_step(student, tx, lambda s: rate, OBJECTIVE, HELPS, teacher, teacher)
+        step = make_train_step(Program(student, OBJECTIVE, HELPS, teacher, teacher), tx, lambda s: rate)
         return jax.jit(step, donate_argnums=0).lower(state, {"teacher": params, "scorer": params}, batch)
 
 

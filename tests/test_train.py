@@ -105,9 +105,9 @@ def _mesh():
 def test_the_teacher_is_freed_at_the_hand_over_and_nothing_is_compiled_twice(home, recipe, data, teacher, monkeypatch):
     seen, steps, compiled = {}, [], train.jit_train_step
 
-    def spy(run, tx, learning_rate, helps, state):
-        seen[helps] = sum(x.dtype == jnp.bfloat16 for x in jax.live_arrays())
-        steps.append(compiled(run, tx, learning_rate, helps, state))
+    def spy(program, tx, learning_rate, state):
+        seen[program.helps] = sum(x.dtype == jnp.bfloat16 for x in jax.live_arrays())
+        steps.append(compiled(program, tx, learning_rate, state))
         return steps[-1]
 
     monkeypatch.setattr(train, "jit_train_step", spy)

@@ -15,7 +15,8 @@ from lmboost.models.model_config import ModelConfig
 from lmboost.objective.align import Alignment
 from lmboost.objective.kd import Distillation
 from lmboost.objective.select import Selection
-from lmboost.train_step import Objective, init_params, init_state, make_train_step
+from lmboost.objective.terms import Objective
+from lmboost.train_step import Program, init_params, init_state, make_train_step
 from tests import dense
 
 STUDENT = ModelConfig(
@@ -60,7 +61,7 @@ def oracle(batch, *arguments):
 def objective(weight=0.0, lam=0.0, **fields):
     base = {
         "kd": Distillation(), "align": None, "select": Selection(),
-        "kd_weight": lambda step: weight, "align_weight": lambda step: lam, "block_tokens": 128,
+        "weights": {"kd": lambda step: weight, "align": lambda step: lam}, "block_tokens": 128,
     }  # fmt: skip
     return Objective(**base | fields)
 
@@ -69,10 +70,9 @@ def run_step(obj, helps, batch, accumulation=1, mesh=None, params=None, tx=None)
     """(gradient, metrics) of one step: with plain SGD at rate 1 the update is minus the gradient."""
     student_params, teacher_params = models()
     params = params or student_params
-    step = make_train_step(
-        STUDENT, tx or optax.sgd(1.0), lambda step: 1.0, obj, frozenset(helps), TEACHER, TEACHER, accumulation
-    )
-    state = init_state(params, tx or optax.sgd(1.0))
+    tx = tx or optax.sgd(1.0)
+    program = Program(STUDENT, obj, frozenset(helps), TEACHER, TEACHER, accumulation)
+    step, state = make_train_step(program, tx, lambda step: 1.0), init_state(params, tx)
     helpers = {"teacher": teacher_params, "scorer": teacher_params}
     if mesh is None:
         new, metrics = jax.jit(step)(state, helpers, batch)
@@ -142,7 +142,7 @@ def test_a_learned_projection_is_trained_and_raises_the_cosine():
     gradient, _ = run_step(obj, {"align"}, make_batch(), params=params)
     assert np.linalg.norm(gradient["align"]["2"]) > 0
     tx, batch, cosines = optax.adam(1e-2), make_batch(), []
-    step = jax.jit(make_train_step(STUDENT, tx, lambda s: 1.0, obj, frozenset({"align"}), TEACHER))
+    step = jax.jit(make_train_step(Program(STUDENT, obj, frozenset({"align"}), TEACHER), tx, lambda s: 1.0))
     state = init_state(params, tx)
     for _ in range(10):
         state, metrics = step(state, {"teacher": models()[1]}, batch)
@@ -205,7 +205,8 @@ def test_helps_that_are_off_leave_no_trace():
     obj = objective(0.7, 3.0, align=Alignment(((2, 2),)), select=Selection(2, 0.5))
 
     def text(o, helpers):
-        step = make_train_step(STUDENT, optax.adamw(1e-3), lambda s: 1e-3, o, frozenset(), TEACHER, TEACHER)
+        program = Program(STUDENT, o, frozenset(), TEACHER, TEACHER)
+        step = make_train_step(program, optax.adamw(1e-3), lambda s: 1e-3)
         return jax.jit(step).lower(init_state(models()[0], optax.adamw(1e-3)), helpers, batch).as_text()
 
     assert text(obj, {}) == text(objective(), {})
@@ -213,7 +214,8 @@ def test_helps_that_are_off_leave_no_trace():
 
 def test_the_teacher_gets_no_gradient():
     obj = objective(0.5, 1.0, align=Alignment(((2, 2),), scale="plain"))
-    step = make_train_step(STUDENT, optax.sgd(1.0), lambda s: 1.0, obj, frozenset({"kd", "align"}), TEACHER)
+    program = Program(STUDENT, obj, frozenset({"kd", "align"}), TEACHER)
+    step = make_train_step(program, optax.sgd(1.0), lambda s: 1.0)
 
     def after(teacher):
         _, metrics = step(init_state(models()[0], optax.sgd(1.0)), {"teacher": teacher}, make_batch())
@@ -227,7 +229,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     params = jax.tree.map(jnp.copy, models()[0])
     params["model"]["head"] = params["model"]["head"].at[0, 0].set(jnp.nan)
     tx = optax.adamw(1e-3)
-    step = jax.jit(make_train_step(STUDENT, tx, lambda s: 1e-3, objective(), frozenset()))
+    step = jax.jit(make_train_step(Program(STUDENT, objective()), tx, lambda s: 1e-3))
     state = init_state(params, tx)
     for n in (1, 2):
         new, _ = step(state, {}, make_batch())
@@ -242,6 +244,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
 def test_counts_are_exact_above_256_tokens_in_bfloat16():
     student = dataclasses.replace(STUDENT, dtype="bfloat16")
     batch = make_batch()
-    step = make_train_step(student, optax.sgd(1.0), lambda s: 1.0, objective(), frozenset())
+    step = make_train_step(Program(student, objective()), optax.sgd(1.0), lambda s: 1.0)
     _, metrics = jax.jit(step)(init_state(models()[0], optax.sgd(1.0)), {}, batch)
     assert float(metrics["loss"][1]) == batch["weights"].sum() > 256

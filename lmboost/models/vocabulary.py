@@ -6,7 +6,8 @@ selection, generation, harness) projects blocks of tokens and reduces each befor
 Shape suffixes: S shards of the batch, B rows, T tokens, D width, V vocabulary rows.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,10 @@ class Head(NamedTuple):
 
     kernel_DxV: jax.Array
     vocab_size: int  # columns from here on are padding
+
+    def laid_out(self, dtype) -> "Head":
+        """The same in `dtype`, where every block of tokens finds it: whole but for the vocabulary's axis."""
+        return self._replace(kernel_DxV=sharding.constrain(self.kernel_DxV.astype(dtype), (None, "vocab")))
 
 
 def pick(logits, labels):
@@ -42,20 +47,44 @@ def project(h, head: Head, vocab_size: int | None = None, rows: int | None = Non
     return jnp.where(columns < vocab_size, logits, NEGATIVE)
 
 
+def over_blocks(fn: Callable, head: Head, h_BxTxD, rows: Any, block_tokens: int, carry: Any = None) -> tuple[Any, Any]:
+    """`carry, out = fn(carry, logits, h, rows)` for each block of tokens, one after the other.
+
+    Args:
+      head: laid out, see `Head.laid_out`.
+      rows: a tree of arrays [B, T, ...] that are cut as the hidden states are.
+      block_tokens: tokens per device and block.
+
+    In a block arrays are [S, B / S, T / blocks, ...], logits float32 [..., V]. Returns the last carry, and what was
+    given out as a tree of [B, T, ...].
+    """
+    shards = sharding.batch_shards()
+    blocks = num_blocks(*h_BxTxD.shape[:2], block_tokens, shards)
+
+    def one_block(carry, block):
+        h, rows = block
+        logits = sharding.constrain(project(h, head), ("batch", None, None, "vocab"))
+        return fn(carry, logits, h, rows)
+
+    xs = jax.tree.map(lambda x: _split_blocks(x, shards, blocks), (h_BxTxD, rows))
+    carry, out = jax.lax.scan(one_block, carry, xs)
+    return carry, jax.tree.map(lambda x: _join_blocks(x, (*h_BxTxD.shape[:2], *x.shape[4:])), out)
+
+
 def num_blocks(rows: int, seq_len: int, block_tokens: int, shards: int) -> int:
     """Blocks that a batch is cut in along its tokens: the fewest that divide seq_len and fit block_tokens."""
     fits = (n for n in range(1, seq_len + 1) if seq_len % n == 0 and rows * (seq_len // n) <= block_tokens * shards)
     return next(fits, seq_len)
 
 
-def split_blocks(x: jax.Array, shards: int, blocks: int) -> jax.Array:
+def _split_blocks(x: jax.Array, shards: int, blocks: int) -> jax.Array:
     """[B, T, ...] -> [blocks, S, B / S, T / blocks, ...]; rows stay on their device."""
     rows, tokens = x.shape[:2]
     x = x.reshape(shards, rows // shards, blocks, tokens // blocks, *x.shape[2:])
     return sharding.constrain(jnp.moveaxis(x, 2, 0), (None, "batch") + (None,) * (x.ndim - 2))
 
 
-def join_blocks(x: jax.Array, shape) -> jax.Array:
-    """Undoes split_blocks."""
+def _join_blocks(x: jax.Array, shape) -> jax.Array:
+    """Undoes _split_blocks."""
     x = jnp.moveaxis(x, 0, 2).reshape(shape)
     return sharding.constrain(x, ("batch", "length") + (None,) * (len(shape) - 2))

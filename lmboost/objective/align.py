@@ -13,8 +13,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from lmboost.errors import UserError, one_of
+from lmboost.errors import UserError, number, one_of
+from lmboost.schedules import Schedule, stop_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,25 @@ class Alignment:
         if len(set(students)) != len(students):
             raise UserError(f"{field}.pairs: a student layer is named twice in {self.pairs}; give each one teacher.")
         return self
+
+
+def from_config(c: ConfigDict, student_layers: int, teacher_layers: int) -> Alignment:
+    """The alignment of the `objective.align` subtree; raises a UserError where it is none of these two models."""
+    pairs = parse_pairs(c.pairs, student_layers, teacher_layers)
+    return Alignment(pairs, c.scale, c.map, c.centre, c.final_norm).validate()
+
+
+def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
+    """weight * max(0, (stop - step) / stop) as a function of the step, and the first step without it.
+
+    Args:
+      c: the `objective.align` subtree; its `stop` is a fraction of the run.
+
+    Source: LET (arXiv 2602.05393).
+    """
+    weight = number("objective.align.weight", c.weight)
+    stop = stop_step("objective.align.stop", c.stop, steps)
+    return lambda step: weight * (jnp.maximum(stop - step, 0) / max(stop, 1)), stop if weight else 0
 
 
 def parse_pairs(text: str, student_layers: int, teacher_layers: int, field: str = "objective.align.pairs"):

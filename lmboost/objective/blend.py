@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from lmboost import sharding
-from lmboost.models.vocabulary import Head, join_blocks, num_blocks, project, split_blocks
-from lmboost.objective.kd import token_terms
+from lmboost.models.vocabulary import Head, over_blocks, pick
+from lmboost.objective.kd import SoftTargets
 
 
 class Coefficients(NamedTuple):
@@ -41,12 +41,10 @@ def blend(
     head: Head,
     targets,
     weights,
-    coefficients=None,
+    coefficients: Coefficients | None = None,
+    soft: SoftTargets | None = None,
     *,
     block_tokens: int,
-    kd=None,
-    teacher_h=None,
-    teacher=None,
 ) -> Sums:
     """Sums over tokens of weights * (c.ce * ce + c.kd * kd + c.z * log(Z)^2) and of each term alone.
 
@@ -54,17 +52,14 @@ def blend(
       h_BxTxD: the student's last hidden states; logits are float32 whatever its dtype.
       head: the student's. Gradients of `loss` flow to h_BxTxD and to its kernel, and nowhere else.
       targets, weights: [B, T], int32 labels and float32 weights (0 where there is nothing to predict).
-      coefficients: Coefficients of this step; default ce alone.
+      coefficients: of this step; default ce alone.
+      soft: what kd compares the student with, over the vocabulary that both have.
       block_tokens: tokens per device and block.
-      kd: a Distillation, with teacher_h [B, T, D'] and the teacher's Head; or None.
-        Teacher and student are compared over the vocabulary that both have.
 
     Only `loss` is differentiable; the other sums carry no gradient.
     """
     coefficients = Coefficients(*(jnp.asarray(c, jnp.float32) for c in coefficients or Coefficients()))
-    constants = (targets, weights, coefficients, teacher_h, teacher.kernel_DxV if teacher else None)
-    sizes = (head.vocab_size, teacher.vocab_size if teacher else None)
-    return _blend((kd, sizes, block_tokens), h_BxTxD, head.kernel_DxV, constants)
+    return _blend((head.vocab_size, block_tokens), h_BxTxD, head.kernel_DxV, (targets, weights, coefficients, soft))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -87,27 +82,24 @@ _blend.defvjp(_blend_forward, _blend_backward)
 
 
 def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
-    kd, (vocab_size, teacher_vocab), block_tokens = static
-    targets, weights, coefficients, teacher_h, teacher_kernel = constants
-    shards = sharding.batch_shards()
-    blocks = num_blocks(*h_BxTxD.shape[:2], block_tokens, shards)
-    head = Head(sharding.constrain(kernel_DxV.astype(h_BxTxD.dtype), (None, "vocab")), vocab_size)
-    if kd is not None:
-        teacher = Head(sharding.constrain(teacher_kernel.astype(teacher_h.dtype), (None, "vocab")), teacher_vocab)
+    """(Sums, gradients of the loss by the hidden states and the kernel, or None)."""
+    vocab_size, block_tokens = static
+    targets, weights, coefficients, soft = constants
+    head = Head(kernel_DxV, vocab_size).laid_out(h_BxTxD.dtype)
+    soft = soft and soft.laid_out()
 
-    def one_block(carry, block):
+    def one_block(carry, logits, h_SxBxTxD, rows):
         sums, kernel_gradient_SxDxV = carry
-        h_SxBxTxD, labels, w, teacher_h_SxBxTxD = block
-        logits = sharding.constrain(project(h_SxBxTxD, head), ("batch", None, None, "vocab"))
-        teacher_logits = None
-        if kd is not None:
-            teacher_logits = project(teacher_h_SxBxTxD, teacher, vocab_size, logits.shape[-1])
-            teacher_logits = sharding.constrain(teacher_logits, ("batch", None, None, "vocab"))
+        labels, w, soft_rows = rows
+        soft_block = soft and soft.of_block(soft_rows, vocab_size, logits.shape[-1])
 
         def weigh(logits):
-            ce, divergence, z = (jnp.sum(w * x) for x in token_terms(logits, labels, teacher_logits, kd))
-            loss = coefficients.ce * ce + coefficients.kd * divergence + coefficients.z * z
-            return loss, Sums(loss, ce, divergence, z, jnp.sum(w))
+            log_z = jax.nn.logsumexp(logits, axis=-1)
+            ce = log_z - pick(logits, labels)
+            kd = soft.divergence(logits, soft_block) if soft else jnp.zeros_like(ce)
+            ce, kd, z = (jnp.sum(w * x) for x in (ce, kd, jnp.square(log_z)))
+            loss = coefficients.ce * ce + coefficients.kd * kd + coefficients.z * z
+            return loss, Sums(loss, ce, kd, z, jnp.sum(w))
 
         if not with_gradient:
             return (jax.tree.map(jnp.add, sums, weigh(logits)[1]), None), None
@@ -123,12 +115,13 @@ def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
     zeros = Sums(*(jnp.zeros((), jnp.float32),) * 5)
     gradient_zeros = None
     if with_gradient:
-        gradient_zeros = jnp.zeros((shards, *kernel_DxV.shape), jnp.float32)
+        gradient_zeros = jnp.zeros((sharding.batch_shards(), *kernel_DxV.shape), jnp.float32)
         gradient_zeros = sharding.constrain(gradient_zeros, ("batch", None, "vocab"))
-    split = functools.partial(split_blocks, shards=shards, blocks=blocks)
-    xs = jax.tree.map(split, (h_BxTxD, targets, weights, teacher_h))
-    (sums, kernel_gradient_SxDxV), h_gradient = jax.lax.scan(one_block, (zeros, gradient_zeros), xs)
+    rows = (targets, weights, soft and soft.per_token)
+    (sums, kernel_gradient_SxDxV), h_gradient = over_blocks(
+        one_block, head, h_BxTxD, rows, block_tokens, (zeros, gradient_zeros)
+    )
     if not with_gradient:
         return sums, None
     kernel_gradient = sharding.constrain(kernel_gradient_SxDxV.sum(0), ("embed", "vocab")).astype(kernel_DxV.dtype)
-    return sums, (join_blocks(h_gradient, h_BxTxD.shape), kernel_gradient)
+    return sums, (h_gradient, kernel_gradient)

@@ -1,13 +1,21 @@
-"""Distillation: soft labels of a teacher, and how far the student is from them, token by token."""
+"""Distillation: soft labels of a teacher, how far the student is from them, and until when that counts.
+
+Shape suffixes: B rows, T tokens, E the teacher's width, V vocabulary rows.
+"""
 
 import dataclasses
 
+import flax.struct
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from lmboost import sharding
-from lmboost.errors import UserError, one_of
-from lmboost.models.vocabulary import NEGATIVE, pick
+from lmboost.errors import UserError, fraction, number, one_of
+from lmboost.models.vocabulary import NEGATIVE, Head, pick, project
+from lmboost.schedules import Schedule, stop_step
+
+HANDOVERS = ("hard", "linear", "linear_ratio", "constant")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,20 +53,92 @@ class Distillation:
         return self
 
 
-def token_terms(logits, labels, teacher_logits, kd: Distillation | None):
-    """Per-token (ce, kd, z) from float32 logits [..., V] whose padded columns are NEGATIVE.
+def from_config(c: ConfigDict) -> Distillation:
+    """The term of the `objective.kd` subtree; raises a UserError where it is none."""
+    return Distillation(**{field.name: c[field.name] for field in dataclasses.fields(Distillation)}).validate()
 
-    kd is the divergence between teacher and student, zero where they agree: KL rather than the paper's
-    cross-entropy, which is larger by the teacher's entropy and has the same gradient. z is log(Z)^2.
+
+def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
+    """The weight w of the soft-label term as a function of the step, and the first step without it.
+
+    With x the share of the hand-over that is still to come, 1 up to `decay_from` and 0 at `stop`:
+    hard w until `stop`; linear w * x; linear_ratio keeps w' / (1 - w') = x * w / (1 - w), that is
+    w' = x w / (1 - w + x w); constant w to the end of the run, whatever `stop` says. Source: SALT (arXiv 2410.18779).
+
+    Args:
+      c: the `objective.kd` subtree.
+
+    Raises a UserError where these are not defined; linear_ratio asks for w < 1, as the ratio of 1 is infinite.
     """
-    log_z = jax.nn.logsumexp(logits, axis=-1)
-    ce = log_z - pick(logits, labels)
-    if kd is None:
-        return ce, jnp.zeros_like(ce), jnp.square(log_z)
-    return ce, _divergence(logits, teacher_logits, kd), jnp.square(log_z)
+    handover = one_of("objective.kd.handover", c.handover, HANDOVERS)
+    w = number("objective.kd.weight", c.weight)
+    if c.ce_weight == -1 and w > 1:
+        raise UserError(
+            f"objective.kd.weight={w} leaves ce the weight 1 - {w}: expected at most 1, "
+            "or give objective.kd.ce_weight a value of its own."
+        )
+    if handover == "linear_ratio" and w >= 1:
+        raise UserError(
+            f"objective.kd.weight={w} with objective.kd.handover='linear_ratio': the ratio w / (1 - w) needs a weight "
+            "below 1. Take, say, 0.99, or objective.kd.handover='linear'."
+        )
+    stop = stop_step("objective.kd.stop", c.stop, steps)
+    start = round(fraction("objective.kd.decay_from", c.decay_from) * steps)
+    falls = handover in ("linear", "linear_ratio")
+    if w and falls and c.decay_from >= c.stop:
+        raise UserError(
+            f"objective.kd.decay_from={c.decay_from} is not before objective.kd.stop={c.stop}: "
+            "the hand-over begins at the first and ends at the second, both fractions of the run."
+        )
+    stop = steps if handover == "constant" else stop
+
+    def weight(step):
+        left = jnp.minimum(jnp.maximum(stop - step, 0) / max(stop - start, 1), 1.0)
+        if not falls:
+            left = jnp.where(left > 0, 1.0, 0.0)
+        if handover == "linear_ratio":
+            return jnp.where(left > 0, w * left / (1 - w + w * left), 0.0)
+        return w * left
+
+    return weight, stop if w else 0
 
 
-def _divergence(logits, teacher_logits, kd: Distillation):
+class SoftTargets(flax.struct.PyTreeNode):
+    """What the student's tokens are compared with, a block of them at a time: the teacher's last hidden states.
+
+    `blend` asks them for three things: `per_token`, arrays [B, T, ...] that are cut into the blocks; `of_block`,
+    what a block's part of them says of the vocabulary; and `divergence` of a block's logits from that.
+    """
+
+    h_BxTxE: jax.Array
+    head: jax.Array  # [E, V], the teacher's
+    vocab_size: int = flax.struct.field(pytree_node=False)  # of the teacher
+    kd: Distillation = flax.struct.field(pytree_node=False)
+
+    @property
+    def per_token(self) -> jax.Array:
+        return self.h_BxTxE
+
+    def laid_out(self) -> "SoftTargets":
+        """The same with its head where every block finds it."""
+        return self.replace(head=Head(self.head, self.vocab_size).laid_out(self.h_BxTxE.dtype).kernel_DxV)
+
+    def of_block(self, h, vocab_size: int, columns: int) -> jax.Array:
+        """The teacher's logits over the vocabulary that both have, in as many columns as the student's."""
+        logits = project(h, Head(self.head, self.vocab_size), vocab_size, columns)
+        return sharding.constrain(logits, ("batch", None, None, "vocab"))
+
+    def divergence(self, logits, teacher_logits) -> jax.Array:
+        """Per token, from float32 logits [..., V] and what `of_block` gave."""
+        return divergence(logits, teacher_logits, self.kd)
+
+
+def divergence(logits, teacher_logits, kd: Distillation) -> jax.Array:
+    """How far the student is from the teacher, per token [...], from float32 logits [..., V] of both.
+
+    Zero where they agree: KL rather than the paper's cross-entropy, which is larger by the teacher's entropy and has
+    the same gradient. Columns that are NEGATIVE in both are padding.
+    """
     if kd.divergence == "hard":
         return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(teacher_logits, axis=-1))
     both = kd.temperature_on == "both"

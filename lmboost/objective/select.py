@@ -8,10 +8,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from lmboost import sharding
 from lmboost.errors import UserError, one_of
 from lmboost.models import vocabulary
+from lmboost.schedules import Schedule, stop_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +26,37 @@ class Selection:
 
     def validate(self, field: str = "objective.select") -> "Selection":
         one_of(f"{field}.others", self.others, ("drop", "zero"))
-        if self.candidates < 1 or self.k < 1:
-            raise UserError(f"{field}.candidates={self.candidates} and {field}.k={self.k} must be at least 1.")
+        for name, value in (("candidates", self.candidates), ("k", self.k)):
+            if value < 1:
+                raise UserError(f"{field}.{name}={value}: expected at least 1.")
         if not 0 < self.fraction <= 1 / self.candidates + 1e-9:
             raise UserError(
-                f"{field}.fraction={self.fraction} must be above 0 and at most 1 / candidates = "
-                f"{1 / self.candidates:.4g}: of {self.candidates} candidates per row of the batch, one fits in it."
+                f"{field}.fraction={self.fraction} with {field}.candidates={self.candidates}: expected above 0 and at "
+                f"most 1 / candidates = {1 / self.candidates:g}, or -1 for just that."
             )
         return self
+
+    @property
+    def everything(self) -> bool:
+        """Whether nothing is selected: as many candidates as rows, all of which count."""
+        return self.candidates == 1 and self.fraction >= 1
 
     def kept_rows(self, batch_size: int) -> int:
         """Rows of a batch that count; the others are masked."""
         return max(1, round(self.fraction * self.candidates * batch_size))
+
+
+def from_config(c: ConfigDict) -> Selection:
+    """The selection of the `objective.select` subtree; raises a UserError where it is none."""
+    fraction = 1 / max(c.candidates, 1) if c.fraction == -1 else c.fraction
+    return Selection(c.candidates, fraction, c.k, c.others).validate()
+
+
+def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
+    """1 while rows are selected, 0 after it; and the first step without it."""
+    stop = stop_step("objective.select.stop", c.stop, steps)
+    stop = 0 if from_config(c).everything else stop
+    return lambda step: jnp.where(step < stop, 1.0, 0.0), stop
 
 
 def score(h_BxTxD, head: vocabulary.Head, targets, weights, selection: Selection, block_tokens: int) -> jax.Array:
@@ -46,20 +66,14 @@ def score(h_BxTxD, head: vocabulary.Head, targets, weights, selection: Selection
     ("drop") or count as 0 ("zero"); tokens of weight 0 are left out in any case. A row in which nothing is
     left scores -inf.
     """
-    shards = sharding.batch_shards()
-    blocks = vocabulary.num_blocks(*h_BxTxD.shape[:2], block_tokens, shards)
-    kernel = sharding.constrain(head.kernel_DxV.astype(h_BxTxD.dtype), (None, "vocab"))
 
-    def one_block(_, block):
-        h, labels = block
-        logits = vocabulary.project(h, vocabulary.Head(kernel, head.vocab_size))
+    def one_block(_, logits, h, labels):
         label_logits = vocabulary.pick(logits, labels)
         better = jnp.sum(logits > label_logits[..., None], axis=-1)
         return None, (jax.nn.logsumexp(logits, axis=-1) - label_logits, better < selection.k)
 
-    xs = tuple(vocabulary.split_blocks(x, shards, blocks) for x in (h_BxTxD, targets))
-    _, (loss, learnable) = jax.lax.scan(one_block, None, xs)
-    loss, learnable = (vocabulary.join_blocks(x, targets.shape) for x in (loss, learnable))
+    head = head.laid_out(h_BxTxD.dtype)
+    _, (loss, learnable) = vocabulary.over_blocks(one_block, head, h_BxTxD, targets, block_tokens)
     counted = weights > 0
     if selection.others == "zero":
         return masked_median(jnp.where(learnable, loss, 0.0), counted)

@@ -12,7 +12,7 @@ from lmboost import sharding
 from lmboost.errors import UserError
 from lmboost.models.vocabulary import Head, num_blocks
 from lmboost.objective.blend import Coefficients, blend
-from lmboost.objective.kd import Distillation
+from lmboost.objective.kd import Distillation, SoftTargets
 from tests import dense
 
 ROWS, TOKENS, WIDTH, TEACHER_WIDTH, VOCAB, STUDENT_ROWS, TEACHER_ROWS = 16, 12, 16, 24, 61, 64, 72
@@ -62,12 +62,9 @@ def dense_loss(h, kernel, coefficients, kd):
 
 def blocked_loss(h, kernel, coefficients, kd, block_tokens):
     x = inputs()
-    helped = {}
-    if kd:
-        helped = {"kd": kd, "teacher_h": x["teacher_h"], "teacher": Head(x["teacher_kernel"], VOCAB)}
-    return blend(
-        h, Head(kernel, VOCAB), x["targets"], x["weights"], coefficients, block_tokens=block_tokens, **helped
-    ).loss
+    soft = SoftTargets(x["teacher_h"], x["teacher_kernel"], VOCAB, kd) if kd else None
+    head = Head(kernel, VOCAB)
+    return blend(h, head, x["targets"], x["weights"], coefficients, soft, block_tokens=block_tokens).loss
 
 
 def compare(kd, coefficients, block_tokens, mesh=None):
@@ -110,11 +107,8 @@ def test_kd_is_zero_and_flat_where_student_and_teacher_agree():
             continue  # these pull the student towards something else than the teacher
 
         def loss(h, kd=kd):
-            head = Head(x["kernel"], VOCAB)
-            return blend(
-                h, head, x["targets"], x["weights"], Coefficients(0.0, 1.0), block_tokens=32,
-                kd=kd, teacher_h=x["h"], teacher=head,
-            ).loss  # fmt: skip
+            head, soft = Head(x["kernel"], VOCAB), SoftTargets(x["h"], x["kernel"], VOCAB, kd)
+            return blend(h, head, x["targets"], x["weights"], Coefficients(0.0, 1.0), soft, block_tokens=32).loss
 
         value, gradient = jax.value_and_grad(loss)(x["h"])
         assert abs(float(value)) < 1e-3 and np.abs(gradient).max() < 1e-5, kd

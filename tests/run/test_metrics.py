@@ -23,6 +23,11 @@ from lmboost import flops
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
+from lmboost.objective import terms
+from lmboost.objective.align import Alignment
+from lmboost.objective.kd import Distillation
+from lmboost.objective.select import Selection
+from lmboost.objective.terms import Objective
 from lmboost.run import metrics
 from lmboost.run.progress import Progress, short
 
@@ -281,12 +286,18 @@ def test_a_step_costs_its_parts():
     plain = flops.step_flops(CONFIG, 4, 32)
     assert plain == 3 * flops.forward_flops(CONFIG, 32) * 4 * 32
     full = flops.forward_flops(teacher, 32) * 4 * 32
-    assert flops.step_flops(CONFIG, 4, 32, teacher=teacher) == plain, "a teacher that nobody asks costs nothing"
-    assert flops.step_flops(CONFIG, 4, 32, teacher=teacher, kd=True, align_layer=1) == plain + full
-    early = flops.step_flops(CONFIG, 4, 32, teacher=teacher, align_layer=1)
-    last = flops.step_flops(CONFIG, 4, 32, teacher=teacher, align_layer=2)
+    objective = Objective(Distillation(), Alignment(((1, 1), (2, 2))), Selection(4, 0.25), weights={})
+
+    def cost(*helps, objective=objective):
+        models = {"teacher": teacher, "scorer": teacher}
+        return flops.step_flops(CONFIG, 4, 32, terms.forwards(objective, frozenset(helps), models))
+
+    assert cost() == plain, "a teacher that nobody asks costs nothing"
+    assert cost("kd", "align") == cost("kd") == plain + full
+    early = cost("align", objective=dataclasses.replace(objective, align=Alignment(((1, 1),))))
+    last = cost("align")
     assert last + 2 * 8 * 50 * 4 * 32 == plain + full and (last - plain) == 2 * (early - plain)
-    assert flops.step_flops(CONFIG, 4, 32, scorer=teacher, candidates=4) == plain + 4 * full
+    assert cost("select") == plain + 4 * full and cost("select", "kd") == plain + 5 * full
 
 
 @pytest.mark.parametrize(
