@@ -1,9 +1,10 @@
-"""Places that the user names: local directories and gs:// buckets, checked."""
+"""Places that the user names: local directories and gs:// buckets, checked; files that are whole or not there."""
 
 import contextlib
 import functools
 import importlib.util
 import os
+import secrets
 from collections.abc import Iterator
 
 import fsspec
@@ -29,7 +30,7 @@ def find(path: str, field: str = "--workdir") -> epath.Path:
     # gcsfs remembers what a directory holds, but what tensorstore or another host writes there is seen, too.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     bucket = SCHEME + path.removeprefix(SCHEME).partition("/")[0]
-    with _refusing(field, path):
+    with refusing(field, path):
         exists = _bucket_exists(bucket)
     if not exists:
         raise UserError(
@@ -46,16 +47,39 @@ def _bucket_exists(bucket: str) -> bool:
 
 
 @contextlib.contextmanager
-def _refusing(field: str, path: str) -> Iterator[None]:
+def refusing(field: str, path: str) -> Iterator[None]:
+    """A UserError, naming the field, where a store can't be read."""
     try:
         yield
     except Exception as error:  # each store has its own
         raise UserError(
-            f"{field}={path!r} cannot be read ({_brief(error)}). Check the network and your credentials "
+            f"{field}={path!r} cannot be read ({brief(error)}). Check the network and your credentials "
             "(gcloud auth application-default login)."
         ) from error
 
 
-def _brief(error: Exception) -> str:
+def brief(error: Exception) -> str:
+    """An error in a line: its kind, and how its message begins."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[epath.Path]:
+    """The name of a file to write, which becomes `path` at the end; after an error nothing is left of it.
+
+    Readers, a kill and a power cut find the old file or the new one. Several processes may write the same path: each
+    writes a file of its own beside it, whose name ends in .tmp. In a bucket an object is whole or not there by itself.
+    """
+    path = epath.Path(path)
+    if "://" in os.fspath(path):
+        yield path
+        return
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

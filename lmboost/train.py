@@ -40,7 +40,7 @@ from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_o
 from lmboost.models import transformer
 from lmboost.run import goodput, guard, lock, processes
 from lmboost.run.checkpointer import Checkpointer
-from lmboost.run.log import RunLog
+from lmboost.run.log import RunLog, Settings
 from lmboost.run.logdir import LogDir
 from lmboost.run.metrics import take_over
 from lmboost.run.processes import say
@@ -90,7 +90,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             helpers = _load_helpers(run, start, mesh)
             manifest = _write_manifest(run, helpers, workdir)
         clock.begin(start)
-        log = keep(RunLog(run, log_dir, clock, start))
+        asked = Settings(c.steps, c.batch_size * c.seq_len, run.flops, c.max_nonfinite, **c.log)
+        log = keep(RunLog(asked, log_dir, clock, start))
 
         def evaluate_at(done: int) -> bool:
             """Validates, if it is due after so many steps; False if it was broken off to stop."""
@@ -252,9 +253,8 @@ def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> di
         manifest[name] = manifest[name] if name in helpers else old.get(name) or manifest[name]
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text(json.dumps(manifest, indent=1))
-        partial.replace(path)
+        with places.whole_file(path) as partial:
+            partial.write_text(json.dumps(manifest, indent=1))
     return manifest
 
 

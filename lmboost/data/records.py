@@ -18,6 +18,7 @@ import zstandard
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
+from lmboost import places
 from lmboost.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -90,16 +91,14 @@ def parse(serialized: bytes) -> Record:
 def write_shard(path: pathlib.Path, documents: Sequence[np.ndarray], text_bytes: int, record_tokens: int) -> Shard:
     """Writes `documents` as a shard at `path`, whole or not at all."""
     digest, records = hashlib.sha256(), 0
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
-    for record in cut(documents, record_tokens):
-        serialized = serialize(record)
-        digest.update(hashlib.sha256(serialized).digest())
-        writer.write(serialized)
-        records += 1
-    writer.close()
-    size = partial.stat().st_size
-    os.replace(partial, path)
+    with places.whole_file(path) as partial:
+        writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
+        for record in cut(documents, record_tokens):
+            serialized = serialize(record)
+            digest.update(hashlib.sha256(serialized).digest())
+            writer.write(serialized)
+            records += 1
+        writer.close()
     return Shard(
         file=path.name,
         records=records,
@@ -108,7 +107,7 @@ def write_shard(path: pathlib.Path, documents: Sequence[np.ndarray], text_bytes:
         tokens=sum(map(len, documents)) - len(documents),
         bytes=text_bytes,
         digest=digest.hexdigest(),
-        file_bytes=size,
+        file_bytes=path.stat().st_size,
     )
 
 
@@ -173,13 +172,12 @@ def bucket_of(key: bytes, validation_fraction: float, train: int, validation: in
 
 def write_run(path: pathlib.Path, buckets: Sequence[Sequence[bytes]]) -> list[int]:
     """Writes the documents of each bucket, the buckets one after the other; returns where each begins, and the end."""
-    offsets, partial = [0], path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(partial, "wb") as file:
+    offsets = [0]
+    with places.whole_file(path) as partial, open(partial, "wb") as file:
         for bucket in buckets:
             if bucket:
                 file.write(zstandard.compress(b"".join(struct.pack("<Q", len(raw)) + raw for raw in bucket), 1))
             offsets.append(file.tell())
-    os.replace(partial, path)
     return offsets
 
 
@@ -200,9 +198,8 @@ def read_run(path: pathlib.Path, start: int, stop: int) -> list[bytes]:
 
 def write_json(path: pathlib.Path, content: object) -> None:
     """Writes JSON whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with places.whole_file(path) as partial:
+        partial.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_manifest(directory: str | os.PathLike) -> dict:

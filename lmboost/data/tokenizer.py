@@ -18,6 +18,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from lmboost import places
 from lmboost.errors import UserError
 
 FILE_NAMES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
@@ -289,9 +290,8 @@ def train(
             f"Choose another vocab_size or give more text."
         ) from error
     out_path.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_path.with_name(f"{out_path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, out_path)
+    with places.whole_file(out_path) as partial:
+        partial.write_bytes(model.getvalue())
     return SentencePieceTokenizer(out_path)
 
 

@@ -36,20 +36,20 @@ class Checkpointer:
         self.directory, self._root = root / "checkpoints", root
         self._c, self._wish = c, processes.Wish(mesh)
         self._report_unfinished()
-        self._manager = self._open()
+        self._open()
         self._saved = None  # step of the last save that has begun and not failed
         self._failure = None  # (time, message) of the last save, if it failed and was not tried again yet
         self._broken = False  # whether the manager is to be opened anew
         self._time = time.monotonic()
 
-    def _open(self) -> ocp.CheckpointManager:
+    def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=self._c.keep,
             keep_period=self._c.keep_every or None,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=600),
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def _report_unfinished(self) -> None:
         if jax.process_index() or not self.directory.exists():
@@ -125,7 +125,10 @@ class Checkpointer:
         return wished or done % self._c.every == 0
 
     def save(self, state: TrainState, done: int, position: dict[str, Any], manifest: dict[str, Any]) -> None:
-        """Copies the state to the host and returns; the writing goes on meanwhile. A failure is reported."""
+        """Copies the state to the host and returns; the writing goes on meanwhile. A failure is reported.
+
+        `position` is where the data stands and `manifest` what the run is, as `Plan` says: JSON, kept beside the state.
+        """
         self._settle()
         if self._saved == done and self._failure is None:
             return
@@ -140,7 +143,7 @@ class Checkpointer:
         if self._broken:
             self.close()
             self._broken = False
-            self._attempt(self._open_anew)
+            self._attempt(self._open)
         if not self._broken:
             self._attempt(lambda: self._manager.save(done, args=items, force=True))
 
@@ -176,9 +179,6 @@ class Checkpointer:
         """Waits for the save in the background."""
         self._attempt(lambda: None if self._broken else self._manager.wait_until_finished())
 
-    def _open_anew(self) -> None:
-        self._manager = self._open()
-
     def _attempt(self, part: Callable[[], Any]) -> None:
         """Does a part of a save; a failure in any process breaks the manager in all of them."""
         try:
@@ -189,7 +189,7 @@ class Checkpointer:
             self._failure, self._broken = (time.monotonic(), "it failed in another process"), True
 
     def _fail(self, error: Exception) -> None:
-        cause = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
+        cause = places.brief(error)
         if not self._broken:
             processes.warn(
                 f"saving the checkpoint of step {self._saved} failed ({cause}). The run goes on, and saves again in "

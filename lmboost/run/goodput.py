@@ -12,9 +12,7 @@ again, and "restarting" is the time from the last line of an attempt to the begi
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,10 +21,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from lmboost.errors import UserError
+from lmboost.run import lines
 
 FILE = "goodput.jsonl"
 KINDS = ("start", "restore", "compile", "data", "step", "evaluate", "save")
+_NUMBER = int | float
+_FIELDS = {"attempt": _NUMBER, "step": int, "start_step": int, "time": _NUMBER, "seconds": dict}
 
 
 def process_start() -> float:
@@ -49,33 +49,33 @@ class Clock:
 
     Args:
       directory: local directory of goodput.jsonl; made if it is missing.
-      start_step: the step that the run goes on from, where it is known already: calls `begin`.
       started: wall-clock time at which the attempt began, as of `process_start`; None is now.
       clock: for tests.
     """
 
-    def __init__(
-        self,
-        directory: str,
-        start_step: int | None = None,
-        started: float | None = None,
-        clock: Callable[[], float] = time.time,
-    ):
+    def __init__(self, directory: str, started: float | None = None, clock: Callable[[], float] = time.time):
         self._directory, self._clock = directory, clock
-        self._writes = jax.process_index() == 0
         self._since = self._attempt = clock() if started is None else started
         self._seconds = dict.fromkeys(KINDS, 0.0)
         self._kinds = ["start"]  # the kind outside, and what is measured inside of it
         self._start_step: int | None = None
         self._written = 0.0
-        self._failed = False
-        if start_step is not None:
-            self.begin(start_step)
+        self._lines: lines.Lines | None = None
 
     def begin(self, start_step: int) -> None:
-        """The loop begins: what follows are steps, where nothing else is measured."""
+        """The loop begins, at the step that the run goes on from: what follows are steps, where nothing is measured.
+
+        A file that cannot be opened does not end the run: stderr says so, and where the time goes is not written down.
+        """
         self._book()
         self._start_step, self._kinds[0] = start_step, "step"
+        path = os.path.join(self._directory, FILE)
+        try:
+            if jax.process_index() == 0:
+                os.makedirs(self._directory, exist_ok=True)
+                self._lines = lines.Lines(path)
+        except OSError as error:
+            lines.tell(f"{path} cannot be written ({error.strerror}): the run goes on, its time is not written down.")
         self.write(start_step)
 
     @contextlib.contextmanager
@@ -98,34 +98,27 @@ class Clock:
     def write(self, step: int, at_least: float = 0.0) -> None:
         """Appends a line, `step` steps being done, if the last one is `at_least` so many seconds old.
 
-        A disk that is full or gone does not end the run: that is said once on stderr.
+        A disk that fills up does not end the run, see `lines.Appender`.
         """
         now = self._book()
-        if not self._writes or now - self._written < at_least:
+        if not self._lines or now - self._written < at_least:
             return
         self._written = now
-        line = {
-            "attempt": self._attempt,
-            "step": step,
-            "start_step": self._start_step,
-            "time": now,
-            "seconds": {kind: round(seconds, 3) for kind, seconds in self._seconds.items()},
-        }
-        try:
-            os.makedirs(self._directory, exist_ok=True)
-            with open(os.path.join(self._directory, FILE), "a+b") as file:
-                if file.tell():  # what a kill or a full disk left half written ends here
-                    file.seek(-1, os.SEEK_END)
-                    file.write(b"" if file.read(1) == b"\n" else b"\n")
-                file.write(json.dumps(line).encode() + b"\n")
-        except OSError as error:
-            if not self._failed:
-                print(
-                    f"{os.path.join(self._directory, FILE)} cannot be written ({error.strerror}): the run goes on, but "
-                    "where its time goes is not known while that is so.",
-                    file=sys.stderr,
-                )
-            self._failed = True
+        self._lines.write(
+            {
+                "attempt": self._attempt,
+                "step": step,
+                "start_step": self._start_step,
+                "time": now,
+                "seconds": {kind: round(seconds, 3) for kind, seconds in self._seconds.items()},
+            }
+        )
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._lines:
+            self._lines.close()
+        self._lines = None
 
     @property
     def share(self) -> float:
@@ -173,19 +166,13 @@ def read(workdir: str) -> Goodput | None:
     `workdir` may be remote (gs://). Lines that a kill or a full disk left half written are passed over: seconds are
     cumulative, so that the next line holds all that they held. What came after an attempt's last line is "restarting".
 
-    Raises a UserError where a line is JSON, but not of this kind.
+    Raises a UserError naming the line where one is JSON, but not of this kind.
     """
     path = epath.Path(workdir) / FILE
     if not path.exists():
         return None
     attempts: list[list[dict[str, Any]]] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
-            values = json.loads(line)
-        except ValueError:  # of UTF-8, too
-            continue
-        if not (isinstance(values, dict) and {"attempt", "step", "start_step", "time", "seconds"} <= values.keys()):
-            raise UserError(f"{path}, line {number}, is not one that training writes: mend or remove that line.")
+    for values in lines.read(path, "one that training writes", _FIELDS, torn=True):
         if not attempts or attempts[-1][0]["attempt"] != values["attempt"]:
             attempts.append([])
         attempts[-1].append(values)
@@ -194,13 +181,13 @@ def read(workdir: str) -> Goodput | None:
 
     seconds = dict.fromkeys((*KINDS, "lost", "restarting"), 0.0)
     goes_on = None  # the earliest step that a later attempt began with
-    for lines in reversed(attempts):
-        last = lines[-1]
+    for attempt in reversed(attempts):
+        last = attempt[-1]
         for kind in KINDS:
             seconds[kind] += last["seconds"].get(kind, 0.0)
         if goes_on is not None and goes_on < last["step"]:
-            at = [line["step"] for line in lines]
-            spent = [line["seconds"]["step"] for line in lines]
+            at = [line["step"] for line in attempt]
+            spent = [line["seconds"]["step"] for line in attempt]
             lost = spent[-1] - float(np.interp(goes_on, at, spent, left=0.0))
             seconds["step"] -= lost
             seconds["lost"] += lost

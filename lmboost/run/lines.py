@@ -1,10 +1,17 @@
-"""Files that a run appends to, record by record."""
+"""Files that a run appends to, record by record: what is read of them after a kill are whole records."""
 
 import collections
 import errno
+import json
+import math
 import os
 import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
+from etils import epath
+
+from lmboost import places
 from lmboost.errors import UserError
 
 
@@ -25,7 +32,7 @@ class Appender:
 
     def __init__(self, path: str, limit: int = 100_000):
         self._path, self._limit = path, limit
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
         self._whole = self._file.seek(0, os.SEEK_END)  # bytes of whole records
         self._waiting: collections.deque[bytes] = collections.deque()
         self._failing = False
@@ -47,9 +54,9 @@ class Appender:
         try:
             self._file.close()
         except OSError as error:  # some file systems tell only now
-            _tell(f"warning: {self._path}: its last records may be missing ({error.strerror}).")
+            tell(f"warning: {self._path}: its last records may be missing ({error.strerror}).")
         if self._waiting:
-            _tell(f"warning: {len(self._waiting)} records of {self._path} could not be written and are lost.")
+            tell(f"warning: {len(self._waiting)} records of {self._path} could not be written and are lost.")
         self._waiting.clear()
 
     def _write(self) -> None:
@@ -62,14 +69,14 @@ class Appender:
                 self._whole += len(self._waiting.popleft())
         except OSError as error:
             if not self._failing:
-                _tell(
+                tell(
                     f"warning: {self._path} cannot be written ({error.strerror}). The run goes on; what belongs there "
                     "is kept in memory and written when it can be."
                 )
             self._failing = True
             return
         if self._failing:
-            _tell(f"{self._path} can be written again: {kept} records that were kept are in it.")
+            tell(f"{self._path} can be written again: {kept} records that were kept are in it.")
         self._failing = False
 
     def _write_whole(self, record: bytes) -> None:
@@ -81,5 +88,63 @@ class Appender:
             left = left[written:]
 
 
-def _tell(text: str) -> None:
+class Lines(Appender):
+    """Appends objects to a file, one a line of strict JSON. A line that a kill left half written is ended first."""
+
+    def __init__(self, path: str):
+        super().__init__(path)
+        if self._whole and os.pread(self._file.fileno(), 1, self._whole - 1) != b"\n":
+            self.append(b"\n")
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Appends an object, see `encode`."""
+        self.append(encode(values))
+
+
+def encode(values: Mapping[str, Any]) -> bytes:
+    """An object as a line of strict JSON: NaN and infinities become null."""
+    return json.dumps(_strict(values), allow_nan=False).encode() + b"\n"
+
+
+def read(path: str | os.PathLike, what: str, fields: Mapping[str, Any], torn: bool = False) -> Iterator[dict[str, Any]]:
+    """The objects of a file in order; a last line that is half written is left out. Reads gs://, too.
+
+    Args:
+      what: a line is, for the error.
+      fields: that every object has, with their types.
+      torn: whether lines that are no JSON are passed over: kills left them, and `Lines` went on after them.
+
+    Raises a UserError naming the line where another one is not such an object.
+    """
+    with epath.Path(path).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                values = json.loads(line)
+            except ValueError:  # of UTF-8, too
+                if torn:
+                    continue
+                values = None
+            if isinstance(values, dict) and all(isinstance(values.get(k), kind) for k, kind in fields.items()):
+                yield values
+            elif line.endswith(b"\n"):
+                raise UserError(
+                    f"{path}, line {number}, is not {what}: mend or remove that line, or move the file away."
+                )
+
+
+def rewrite(path: str | os.PathLike, objects: Iterable[Mapping[str, Any]]) -> None:
+    """Makes the file anew of these objects, which may be read from it meanwhile: the old one is whole until then."""
+    with places.whole_file(path) as partial, partial.open("wb") as file:
+        file.writelines(map(encode, objects))
+
+
+def tell(text: str) -> None:
+    """Prints a line to stderr."""
     print(text, file=sys.stderr, flush=True)
+
+
+def _strict(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {k: _strict(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

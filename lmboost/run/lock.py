@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import threading
 import time
 
@@ -12,6 +11,7 @@ import jax
 
 from lmboost import places
 from lmboost.errors import UserError
+from lmboost.run import processes
 
 
 class Lock:
@@ -79,21 +79,15 @@ class Lock:
 
     def _renew(self) -> None:
         mark = self._me[:-1] + f', "time": {time.time():.0f}}}'
-        if "://" in str(self._path):  # an object is whole or not there
-            self._path.write_text(mark)
-        else:
-            partial = self._path.with_name(f"lock.{os.getpid()}")
+        with places.whole_file(self._path) as partial:  # an empty file would be taken for a free directory
             partial.write_text(mark)
-            partial.replace(self._path)  # one who reads meanwhile must not take an empty file for a free directory
 
     def _keep(self) -> None:
         while not self._ended.wait(self.LEASE / 6):
             try:
                 self._renew()
             except OSError as error:
-                print(
-                    f"WARNING: {self._path} could not be renewed ({error}); trying again", file=sys.stderr, flush=True
-                )
+                processes.warn(f"{self._path} could not be renewed ({error}); trying again")
 
     def close(self) -> None:
         """Gives the directory free."""

@@ -1,15 +1,17 @@
 """What a run says of itself: console, metrics.jsonl, TensorBoard, profiler traces, goodput.jsonl."""
 
+import contextlib
+import dataclasses
 import os
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
 from lmboost import flops
 from lmboost.errors import UserError
-from lmboost.plan import Plan
-from lmboost.run import goodput, metrics, progress
+from lmboost.run import goodput, guard, metrics, progress
 from lmboost.run.logdir import LogDir
 
 # Fields that every training line of metrics.jsonl has, null where there is no such number.
@@ -19,22 +21,37 @@ FIELDS = (
 SYNC_SECONDS = 60.0  # between uploads of a remote run's numbers, and between lines of goodput.jsonl
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a run's numbers are computed from, and which are asked for; from `every` on, the config's `log` subtree."""
+
+    steps: int
+    step_tokens: int
+    flops: Callable[[int], float]  # model FLOPs of the first so many steps
+    max_nonfinite: int  # so many skipped steps in a row end the run
+    every: int
+    tensorboard: bool
+    profile_from: int
+    profile_steps: int
+
+
 class RunLog:
     """Numbers of a run. A step's metrics are fetched while the next step runs: the device never waits for the host.
 
     Args:
-      run: what is trained.
+      asked: what is to be written.
       directory: where files go.
-      clock: of the attempt, which has begun.
+      clock: of the attempt, which has begun; it is closed with the log.
       start: the step that the run goes on from.
     """
 
-    def __init__(self, run: Plan, directory: LogDir, clock: goodput.Clock, start: int):
-        self._run, self._start, self._directory, self._time = run, start, directory, clock
-        self._writers = metrics.Writers(directory.path, run.config.log.tensorboard, start)
-        self._progress = progress.Progress(run.config.steps, start)
-        self._running: tuple[int, metrics.Sums] | None = None  # (steps done after it, metrics) of the newest step
-        self._clock = None  # (step, time) when the last logged step was done
+    def __init__(self, asked: Settings, directory: LogDir, clock: goodput.Clock, start: int):
+        self._asked, self._start = asked, start
+        self._directory, self._clock = directory, clock
+        self._writers = metrics.Writers(directory.path, asked.tensorboard, start)
+        self._progress = progress.Progress(asked.steps, start)
+        self._running: tuple[int, metrics.Counted] | None = None  # (steps done after it, metrics) of the newest step
+        self._since: tuple[int, float] | None = None  # (steps done, time) of the last logged step; None after a pause
         self._profiling = False
 
     @property
@@ -42,7 +59,7 @@ class RunLog:
         """Whether the devices are still at work on the newest step."""
         return self._running is not None and not self._running[1]["loss"][0].is_ready()
 
-    def step(self, step: int, step_metrics: metrics.Sums) -> None:
+    def step(self, step: int, step_metrics: metrics.Counted) -> None:
         """Takes the metrics of `step`, which is running; waits for the step before, and writes its numbers."""
         before, self._running = self._running, (step + 1, step_metrics)
         self._finish(before)
@@ -52,30 +69,30 @@ class RunLog:
         before, self._running = self._running, None
         self._finish(before)
 
-    def _finish(self, running: tuple[int, metrics.Sums] | None) -> None:
+    def _finish(self, running: tuple[int, metrics.Counted] | None) -> None:
         if running is None:
             return
-        done, sums = running
-        if done % self._run.config.log.every and done not in (self._start + 1, self._run.config.steps):
-            jax.block_until_ready(sums["loss"])  # so that the host is one step ahead, not ten
+        (done, counted), asked = running, self._asked
+        if done % asked.every and done not in (self._start + 1, asked.steps):
+            jax.block_until_ready(counted["loss"])  # so that the host is one step ahead, not ten
             return
-        values: dict[str, Any] = metrics.mean(jax.device_get(sums))
-        c, now = self._run.config, time.monotonic()
-        if self._clock:
-            steps, seconds = done - self._clock[0], now - self._clock[1]
-            values["tokens_per_second"] = steps * c.batch_size * c.seq_len / seconds
-            rate = (self._run.flops(done) - self._run.flops(done - steps)) / seconds
+        values: dict[str, Any] = metrics.mean(jax.device_get(counted))
+        now = time.monotonic()
+        if self._since:
+            steps, seconds = done - self._since[0], now - self._since[1]
+            values["tokens_per_second"] = steps * asked.step_tokens / seconds
+            rate = (asked.flops(done) - asked.flops(done - steps)) / seconds
             values["mfu"] = flops.mfu(rate, jax.devices()[0].device_kind, jax.device_count())
-        self._clock = (done, now)
-        values["goodput"] = self._time.share
+        self._since = (done, now)
+        values["goodput"] = self._clock.share
         self._writers.write(done, {n: values.get(n) for n in FIELDS} | self._progressed(done) | values)
         self._progress.update(done, values)
-        self._time.write(done, SYNC_SECONDS)
+        self._clock.write(done, SYNC_SECONDS)
         self._directory.sync(SYNC_SECONDS)
-        if values["skipped_in_a_row"] >= c.max_nonfinite:
+        if values["skipped_in_a_row"] >= asked.max_nonfinite:
             raise UserError(
                 f"step {done}: the loss or its gradient was not finite in {values['skipped_in_a_row']:.0f} steps in a "
-                f"row (max_nonfinite={c.max_nonfinite}); those steps were skipped and the parameters are as before "
+                f"row (max_nonfinite={asked.max_nonfinite}); those steps were skipped and the parameters are as before "
                 "them. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or set optimizer.clip_norm."
             )
 
@@ -87,12 +104,12 @@ class RunLog:
 
     def saved(self, done: int) -> None:
         """Brings the numbers to where the checkpoint of `done` steps is."""
-        self._time.write(done)
+        self._clock.write(done)
         self._directory.sync()
 
     def profile(self, step: int) -> None:
         """Starts and ends the profiler trace that the config asks for."""
-        first, length = self._run.config.log.profile_from, self._run.config.log.profile_steps
+        first, length = self._asked.profile_from, self._asked.profile_steps
         if step == first:
             jax.profiler.start_trace(os.path.join(self._directory.path, "profile"))
             self._profiling = True
@@ -102,13 +119,14 @@ class RunLog:
     def pause(self) -> None:
         """Leaves the time until the next logged step out of tokens per second: evaluation, saving, compiling."""
         self.flush()
-        self._clock = None
+        self._since = None
 
     def close(self) -> None:
         """Closes the files; what is still pending is not waited for."""
         self._end_profile()
         self._progress.close()
         self._writers.close()
+        self._clock.close()
 
     def _end_profile(self) -> None:
         if self._profiling:
@@ -116,5 +134,28 @@ class RunLog:
         self._profiling = False
 
     def _progressed(self, done: int) -> dict[str, float]:
-        c = self._run.config
-        return {"tokens": done * c.batch_size * c.seq_len, "flops": self._run.flops(done)}
+        return {"tokens": done * self._asked.step_tokens, "flops": self._asked.flops(done)}
+
+
+class Parts:
+    """The parts of a run's loop, as in `with part("saving step 40", "save"):`, told to watchdog, clock and log."""
+
+    def __init__(self, watch: guard.Watchdog, clock: goodput.Clock, log: RunLog):
+        self._watch, self._clock, self._log = watch, clock, log
+
+    @contextlib.contextmanager
+    def __call__(
+        self, what: str, kind: str, pause: bool = False, patient: bool = False, busy: Callable[[], bool] | None = None
+    ) -> Iterator[None]:
+        """What the run does, for the watchdog, and the kind of goodput.KINDS to which the time inside is booked.
+
+        Args:
+          pause: whether it is left out of tokens per second; then the newest step is waited for before.
+          patient: whether it may take as long as it likes.
+          busy: see `Clock.measure`.
+        """
+        self._watch.beat(what)
+        if pause:
+            self._log.pause()
+        with self._clock.measure(kind, busy), self._watch.patient() if patient else contextlib.nullcontext():
+            yield

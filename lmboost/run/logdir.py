@@ -16,8 +16,8 @@ import time
 
 import jax
 
-from lmboost.places import _brief, _refusing, find
-from lmboost.run.lines import _tell
+from lmboost import places
+from lmboost.run.lines import tell
 
 KEPT = ("metrics.jsonl", "goodput.jsonl")  # go on from what earlier starts have written
 
@@ -37,7 +37,7 @@ class LogDir:
     """
 
     def __init__(self, workdir: str):
-        root = find(workdir)
+        root = places.find(workdir)
         self._remote = root if "://" in workdir else None
         self._first = jax.process_index() == 0
         self._uploaded: dict[str, tuple[int, int]] = {}  # name -> size and time of change
@@ -82,22 +82,16 @@ class LogDir:
             thread.join(timeout)
         left = self._changed() if self._first else ()
         if left:
-            _tell(
+            tell(
                 f"warning: {', '.join(sorted(left))} could not be uploaded to {self._remote}: the newest version stays "
                 f"in {self.path}."
             )
         else:
             shutil.rmtree(self.path, ignore_errors=True)
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     def _read_kept(self) -> dict[str, bytes]:
         kept = {}
-        with _refusing("--workdir", os.fspath(self._remote)):
+        with places.refusing("--workdir", os.fspath(self._remote)):
             for name in KEPT:
                 with contextlib.suppress(FileNotFoundError):
                     kept[name] = (self._remote / name).read_bytes()
@@ -134,12 +128,12 @@ class LogDir:
                 self._uploaded[name] = mark
         except Exception as error:  # each store has its own
             if not self._failing:
-                _tell(
-                    f"warning: {name} could not be uploaded to {self._remote} ({_brief(error)}). The run goes on; "
-                    "this is tried again."
+                tell(
+                    f"warning: {name} could not be uploaded to {self._remote} ({places.brief(error)}). The run goes "
+                    "on; this is tried again."
                 )
             self._failing = True
             return
         if self._failing:
-            _tell(f"{self._remote} can be written again.")
+            tell(f"{self._remote} can be written again.")
         self._failing = False

@@ -1,12 +1,11 @@
 """Metrics on the host: (sum, count) pairs, the run's metrics.jsonl and TensorBoard files, the console."""
 
-import json
-import math
+import functools
 import os
 import socket
 import struct
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,31 +13,24 @@ from etils import epath
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 from lmboost import places
 from lmboost.errors import UserError
-from lmboost.run.lines import Appender
+from lmboost.run import lines
 
 FILE = "metrics.jsonl"
-Sums = Mapping[str, tuple[Any, Any]]  # name -> (sum, count)
+Counted = Mapping[str, tuple[Any, Any]]  # name -> (sum, count)
 
 
-def mean(metrics: Sums) -> dict[str, float | None]:
+def mean(metrics: Counted) -> dict[str, float | None]:
     """{name: (sum, count)} as {name: sum / count}; None where nothing was counted."""
     return {k: float(total) / float(count) if float(count) else None for k, (total, count) in metrics.items()}
-
-
-def merge(a: Sums, b: Sums) -> dict[str, tuple[Any, Any]]:
-    """Adds sums and counts by name; a name in only one of the two is kept as it is."""
-    both = {k: (a[k][0] + b[k][0], a[k][1] + b[k][1]) for k in a if k in b}
-    return {**a, **b, **both}
 
 
 class Writers:
     """Writes a run's numbers: one strict JSON object per line to DIRECTORY/metrics.jsonl, and TensorBoard files.
 
-    Of several processes only the first one writes. A disk that fills up later does not end the run, see `Appender`.
+    Of several processes only the first one writes. A disk that fills up does not end the run, see `lines.Appender`.
 
     Args:
       directory: a local one, `LogDir.path` of the run; made if it is missing.
@@ -58,8 +50,10 @@ class Writers:
         path = os.path.join(directory, FILE)
         try:
             os.makedirs(directory, exist_ok=True)
-            _keep_lines(path, resume_step)
-            self._lines = Appender(path)
+            if os.path.exists(path):
+                kept = read(directory) if resume_step else ()
+                lines.rewrite(path, (line for line in kept if line["step"] <= resume_step))
+            self._lines = lines.Lines(path)
             if tensorboard:
                 self._events = _Events(path := os.path.join(directory, "tensorboard"), resume_step)
         except OSError as error:
@@ -69,8 +63,7 @@ class Writers:
         """Writes the numbers of one step; None, NaN and infinities become null in the JSON line."""
         values = {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}  # numpy and jax scalars
         if self._lines:
-            line = json.dumps({"step": int(step)} | _strict(values), allow_nan=False)
-            self._lines.append(line.encode() + b"\n")
+            self._lines.write({"step": int(step)} | values)
         if self._events:
             self._events.write(int(step), {k: v for k, v in values.items() if isinstance(v, int | float)})
 
@@ -80,12 +73,6 @@ class Writers:
             if writer:
                 writer.close()
         self._lines = self._events = None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
 
 
 class _Events:
@@ -98,7 +85,7 @@ class _Events:
         os.makedirs(directory, exist_ok=True)
         now = time.time_ns()  # named by the second alone, a quick restart would go on in the same file
         name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
-        self._file = Appender(os.path.join(directory, name))
+        self._file = lines.Appender(os.path.join(directory, name))
         self._append(Event(file_version="brain.Event:2"))
         purge = resume_step + 1 if resume_step else 0  # from this step on, TensorBoard hides what earlier files hold
         self._append(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
@@ -115,7 +102,19 @@ class _Events:
         event.wall_time = time.time()
         data = event.SerializeToString()
         head = struct.pack("<Q", len(data))
-        self._file.append(head + struct.pack("<I", masked_crc32c(head)) + data + struct.pack("<I", masked_crc32c(data)))
+        self._file.append(head + _checksum(head) + data + _checksum(data))
+
+
+_CRC32C = [functools.reduce(lambda crc, _: crc >> 1 ^ 0x82F63B78 * (crc & 1), range(8), byte) for byte in range(256)]
+
+
+def _checksum(data: bytes) -> bytes:
+    """CRC-32C (RFC 3309), masked as TFRecord files have it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 def read(workdir: str) -> Iterator[dict[str, Any]]:
@@ -123,20 +122,7 @@ def read(workdir: str) -> Iterator[dict[str, Any]]:
 
     Raises a UserError naming the line where another one is not a JSON object with a step.
     """
-    path = places.find(workdir) / FILE
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                values = json.loads(line)
-            except ValueError:  # of UTF-8, too
-                values = None
-            if isinstance(values, dict) and isinstance(values.get("step"), int):
-                yield values
-            elif line.endswith(b"\n"):
-                raise UserError(
-                    f"{path}, line {number}, is not a JSON object with a step: mend or remove that line, "
-                    "or move the file away."
-                )
+    return lines.read(places.find(workdir) / FILE, "a JSON object with a step", {"step": int})
 
 
 def take_over(directory: str, origin: epath.Path, step: int) -> None:
@@ -152,31 +138,6 @@ def take_over(directory: str, origin: epath.Path, step: int) -> None:
         return
     try:
         os.makedirs(directory, exist_ok=True)
-        _write_lines(path, (line for line in read(os.fspath(run)) if line["step"] <= step))
+        lines.rewrite(path, (line for line in read(os.fspath(run)) if line["step"] <= step))
     except OSError as error:
         raise UserError(f"resume.path: {run / FILE} cannot be copied to {path} ({error.strerror or error}).") from error
-
-
-def _keep_lines(path: str, resume_step: int) -> None:
-    """Drops the lines after `resume_step`, all of them if it is 0. The old file is whole until the new one is."""
-    if not os.path.exists(path):
-        return
-    lines = read(os.path.dirname(path)) if resume_step else ()
-    _write_lines(path, (line for line in lines if line["step"] <= resume_step))
-
-
-def _write_lines(path: str, lines: Iterable[Mapping[str, Any]]) -> None:
-    temporary = path + ".tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _strict(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
-    if isinstance(value, Mapping):
-        return {k: _strict(v) for k, v in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

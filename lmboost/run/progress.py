@@ -69,12 +69,6 @@ class Progress:
             self._bar.stop()
         self._bar = None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
     def _line(self, step: int, text: str) -> None:
         if not self._quiet:
             self._console.print(rich.text.Text(f"step {step}/{self._total}  {text}"), soft_wrap=True)

@@ -16,7 +16,7 @@ import os
 import pathlib
 import pprint
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from lmboost.hf.reader import PREFIX
 from lmboost.models import attention, transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.search import evolution, fitness, notation, plot
+from lmboost.search.log import Log
 from lmboost.search.space import Orders, Space
 from lmboost.surgery import importance, subnet, view
 from lmboost.surgery.subnet import Cut
@@ -48,7 +49,6 @@ FIELDS = (
     "model.dtype",
     "search",
 )
-MORE = "search.candidates"  # but this one may be raised to go on
 
 RECIPE = '''\
 """A cut of {parent}: {params:,} parameters, validation loss {loss:.4f} before it is trained.
@@ -99,7 +99,7 @@ def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print)
             f"parent: {parent.model.num_params():,} parameters; cuts of {cuts.low:,} to {cuts.high:,}, each computed "
             f"in {hull.num_params():,}"
         )
-        log = _Log(out, _about(config, parent, spec), c.batch)
+        log = Log(out, _about(config, parent, spec), c.batch)
         _run(c.candidates, method, evaluate, cuts, log, say)
         plot.plot(log.path, out / "best.png")
         cut, loss = method.best
@@ -117,7 +117,7 @@ def _run(
     method: evolution.RandomSearch,
     evaluate: fitness.Fitness,
     cuts: Space,
-    log: "_Log",
+    log: Log,
     say: Callable[[str], None],
 ) -> None:
     """Generation after generation, until so many candidates have losses or no new cut is left."""
@@ -193,82 +193,6 @@ def _about(config: ConfigDict, parent: Parent, spec: str) -> dict[str, Any]:
         "data": loader.info(spec, "validation").fingerprint,
         "versions": checkpoint.versions(checkpoint.PACKAGES),
     }
-
-
-class _Log:
-    """candidates.jsonl, and what of it an earlier start has written.
-
-    Candidates that are computed together are written together. A batch that was torn is computed again as a whole, so
-    that its losses are the same to the last bit.
-    """
-
-    def __init__(self, directory: pathlib.Path, about: dict[str, Any], at_once: int):
-        self.path, self.at_once = directory / "candidates.jsonl", at_once
-        directory.mkdir(parents=True, exist_ok=True)
-        if (directory / "search.json").exists():
-            _check_same(directory, json.loads((directory / "search.json").read_text()), about)
-        partial = directory / "search.json.partial"
-        partial.write_text(json.dumps(about, indent=1))
-        os.replace(partial, directory / "search.json")
-        self._old = list(self._read())
-        self.written = 0
-
-    def _read(self) -> Iterator[dict[str, Any]]:
-        if self.path.exists():
-            for line in self.path.read_text().splitlines(keepends=True):
-                if line.endswith("\n"):
-                    yield json.loads(line)
-
-    def replay(self, first: int, cuts: Sequence[Cut]) -> list[float]:
-        """The losses of candidates `first` and on, if all of them have been written."""
-        old = self._old[first : first + len(cuts)]
-        if len(old) < len(cuts):
-            return []
-        for line, cut in zip(old, cuts, strict=True):
-            if notation.from_json(line["cut"]) != cut:
-                raise UserError(
-                    f"{self.path}, candidate {line['candidate']}, is not the one that this search comes to: it was "
-                    "written by another version. Choose another workdir."
-                )
-        self.written = first + len(cuts)
-        return [line["loss"] for line in old]
-
-    def write(
-        self, first: int, generation: int, cuts: Sequence[Cut], losses: list[float], params: list[int]
-    ) -> list[float]:
-        """Writes candidates `first` and on, after what `replay` has found; returns their losses."""
-        if self._old:
-            self._keep(first)
-        lines = [
-            {"candidate": first + i, "generation": generation, "loss": loss, "params": n, "cut": notation.to_json(cut)}
-            for i, (cut, loss, n) in enumerate(zip(cuts, losses, params, strict=True))
-        ]
-        with open(self.path, "a") as file:
-            file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self.written = first + len(cuts)
-        return losses
-
-    def _keep(self, count: int) -> None:
-        """Takes what comes after the first `count` lines off the file."""
-        lines = self.path.read_text().splitlines(keepends=True)[:count]
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(lines))
-        os.replace(partial, self.path)
-        self._old = []
-
-
-def _check_same(directory: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    changed = [
-        f"{name}: {old['config'].get(name)!r} -> {value!r}"
-        for name, value in new["config"].items()
-        if name != MORE and old["config"].get(name) != value
-    ]
-    changed += [f"{name}: {old[name]} -> {new[name]}" for name in ("parent", "data") if old[name] != new[name]]
-    if changed:
-        raise UserError(
-            f"--workdir={directory} holds another search ({'; '.join(changed[:5])}): choose another workdir, or give "
-            "its config."
-        )
 
 
 def _write_winner(out: pathlib.Path, config: ConfigDict, parent: Parent, cut: Cut, loss: float) -> None:

@@ -25,6 +25,13 @@ class Time:
         self.now += seconds
 
 
+def begun(directory, now=time.time):
+    """The clock of an attempt whose loop begins at once, with step 0."""
+    clock = goodput.Clock(str(directory), clock=now)
+    clock.begin(0)
+    return clock
+
+
 def test_inner_time_is_not_counted_twice_and_kinds_add_up_to_the_wall_clock(tmp_path):
     now = Time()
     clock = goodput.Clock(str(tmp_path / "run"), started=990.0, clock=now)
@@ -62,7 +69,7 @@ def test_inner_time_is_not_counted_twice_and_kinds_add_up_to_the_wall_clock(tmp_
 
 def test_waiting_beside_busy_devices_is_a_step(tmp_path):
     now = Time()
-    clock = goodput.Clock(str(tmp_path), 0, clock=now)
+    clock = begun(tmp_path, now)
     for busy in (True, False):
         with clock.measure("data", busy=lambda busy=busy: busy):
             now.go(2)
@@ -77,7 +84,7 @@ def test_waiting_beside_busy_devices_is_a_step(tmp_path):
 
 def test_lines_are_at_least_so_far_apart(tmp_path):
     now = Time()
-    clock = goodput.Clock(str(tmp_path), 0, clock=now)
+    clock = begun(tmp_path, now)
     for step in range(100):
         now.go(7)
         clock.write(step, at_least=60)
@@ -154,21 +161,31 @@ def test_runs_without_a_whole_line(tmp_path):
 
 
 def test_a_full_disk_is_said_once_and_does_not_end_the_run(tmp_path, capsys):
-    path = tmp_path / goodput.FILE
-    path.symlink_to("/dev/full")
     now = Time()
-    clock = goodput.Clock(str(tmp_path), 0, clock=now)
-    now.go(3)
-    clock.write(1)
+    clock = begun(tmp_path, now)
+    disk, clock._lines._file = clock._lines._file, open("/dev/full", "ab", buffering=0)
+    for step in (1, 2):
+        now.go(3)
+        clock.write(step)
     assert capsys.readouterr().err.count("No space left on device") == 1
-    path.unlink()
-    clock.write(2)
-    assert goodput.read(str(tmp_path)).seconds["step"] == 3, "what the lines that failed held is in the next"
+    clock._lines._file = disk
+    now.go(3)
+    clock.write(3)
+    assert [line["step"] for line in map(json.loads, open(tmp_path / goodput.FILE))] == [0, 1, 2, 3]
+    assert goodput.read(str(tmp_path)).seconds["step"] == 9
+
+
+def test_a_file_that_cannot_be_opened_is_said_and_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / goodput.FILE).mkdir()
+    clock = begun(tmp_path)
+    clock.write(1)
+    clock.close()
+    assert capsys.readouterr().err.count("goodput.jsonl cannot be written (Is a directory): the run goes on") == 1
 
 
 def test_a_clock_that_is_set_back_takes_no_time_away(tmp_path):
     now = Time()
-    clock = goodput.Clock(str(tmp_path), 0, clock=now)
+    clock = begun(tmp_path, now)
     now.go(10)
     with clock.measure("save"):
         now.go(-5)
@@ -180,14 +197,14 @@ def test_a_clock_that_is_set_back_takes_no_time_away(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc")
 def test_the_start_of_the_process_is_known(tmp_path):
     before = time.time()
-    program = "import time; time.sleep(3); from lmboost import goodput; print(goodput.process_start(), time.time())"
+    program = "import time; time.sleep(3); from lmboost.run import goodput; print(goodput.process_start(), time.time())"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     started, now = map(float, result.stdout.split())
     assert abs(started - before) < 2 and now - started > 3, "importing is part of it"
 
 
 def test_booking_a_step_costs_microseconds(tmp_path):
-    clock = goodput.Clock(str(tmp_path), 0)
+    clock = begun(tmp_path)
     begin = time.process_time()
     for step in range(10_000):
         with clock.measure("data"):

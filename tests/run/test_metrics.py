@@ -9,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import pytest
 import rich.console
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboardX import RecordWriter
 from tensorboardX.proto.event_pb2 import Event
 
 from lmboost import flops
@@ -45,7 +47,7 @@ def lines(workdir):
 
 
 def write(workdir, steps, resume_step=0, **kwargs):
-    with metrics.Writers(str(workdir), tensorboard=False, resume_step=resume_step) as writers:
+    with closing(metrics.Writers(str(workdir), tensorboard=False, resume_step=resume_step)) as writers:
         for s in steps:
             writers.write(s, {"loss": s / 3} | kwargs)
 
@@ -53,14 +55,6 @@ def write(workdir, steps, resume_step=0, **kwargs):
 def test_mean_divides_once_and_knows_nothing_counted():
     sums = {"loss": (np.float32(6.0), 4), "kd": (jnp.zeros(()), jnp.zeros(())), "big": (2**24 + 2, 1)}
     assert metrics.mean(sums) == {"loss": 1.5, "kd": None, "big": 2**24 + 2}
-
-
-@given(st.lists(st.tuples(st.integers(-50, 50), st.integers(0, 50)), min_size=1), st.integers(0, 10))
-def test_merged_parts_are_the_whole(pairs, cut):
-    def total(some):
-        return {"loss": (sum(s for s, _ in some), sum(n for _, n in some))} if some else {}
-
-    assert metrics.merge(total(pairs[:cut]), total(pairs[cut:])) == total(pairs)
 
 
 def test_a_line_per_step_strict_json_and_written_at_once(tmp_path):
@@ -137,10 +131,10 @@ def tensorboard_events(workdir):
 
 
 def test_tensorboard_holds_the_numbers_and_a_resume_purges_later_ones(tmp_path):
-    with metrics.Writers(str(tmp_path)) as writers:
+    with closing(metrics.Writers(str(tmp_path))) as writers:
         for s in (1, 2, 3):
             writers.write(s, {"loss": s / 2, "kd": None})
-    with metrics.Writers(str(tmp_path), resume_step=2) as writers:
+    with closing(metrics.Writers(str(tmp_path), resume_step=2)) as writers:
         writers.write(3, {"loss": 9.0})
     events = list(tensorboard_events(tmp_path))
     found = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
@@ -149,9 +143,18 @@ def test_tensorboard_holds_the_numbers_and_a_resume_purges_later_ones(tmp_path):
     assert starts[-1] == 3, "TensorBoard hides what earlier files hold from this step on"
 
 
+@given(st.binary(max_size=300))
+def test_records_are_those_that_tensorboards_reader_expects(tmp_path_factory, data):
+    writer = RecordWriter(str(path := tmp_path_factory.mktemp("events") / "file"))
+    writer.write(data)
+    writer.close()
+    head = struct.pack("<Q", len(data))
+    assert path.read_bytes() == head + metrics._checksum(head) + data + metrics._checksum(data)
+
+
 FULL = """
 import errno, json, os, sys
-from lmboost import metrics
+from lmboost.run import metrics
 directory, filler = sys.argv[1] + "/run", sys.argv[1] + "/filler"
 writers = metrics.Writers(directory)
 for s in range(1, 11):
@@ -205,7 +208,7 @@ def printed(is_terminal=False):
 
 def test_off_a_terminal_a_plain_line_every_ten_seconds_and_at_evaluations():
     now, console = [0.0], printed()
-    with Progress(100, console=console, clock=lambda: now[0]) as progress:
+    with closing(Progress(100, console=console, clock=lambda: now[0])) as progress:
         for s in range(1, 101):
             now[0] = 2.0 * s
             progress.update(s, {"loss": 3.14159, "kd": None, "tokens_per_second": 1234567.0, "mfu": 0.4217})
@@ -231,7 +234,7 @@ def test_the_estimate_counts_from_where_the_run_goes_on_and_leaves_out_compilati
 
 def test_on_a_terminal_a_bar():
     console = printed(is_terminal=True)
-    with Progress(10, console=console) as progress:
+    with closing(Progress(10, console=console)) as progress:
         progress.update(4, {"loss": 2.5})
         progress.evaluation(4, {"val_loss": 2.25})
     out = console.file.getvalue()

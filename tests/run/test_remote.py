@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import types
+from contextlib import closing
 
 import fsspec
 import jax
@@ -105,8 +106,8 @@ def test_checkpoints_are_saved_restored_and_thinned_out(root):
 
 
 def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, server):
-    with logdir.LogDir(str(root)) as directory:
-        with metrics.Writers(directory.path) as writers:
+    with closing(logdir.LogDir(str(root))) as directory:
+        with closing(metrics.Writers(directory.path)) as writers:
             for step in (1, 2, 3):
                 writers.write(step, {"loss": float(step)})
             directory.sync()
@@ -121,17 +122,20 @@ def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, serv
             file.write(b"trace")
     assert not os.path.exists(directory.path)
     assert (root / "profile" / "host" / "trace").read_bytes() == b"trace"
-    with logdir.LogDir(str(root)) as directory, metrics.Writers(directory.path, resume_step=2) as writers:
+    with (
+        closing(logdir.LogDir(str(root))) as directory,
+        closing(metrics.Writers(directory.path, resume_step=2)) as writers,
+    ):
         writers.write(3, {"loss": 9.0})
-    with logdir.LogDir(str(root)) as directory:
+    with closing(logdir.LogDir(str(root))) as directory:
         assert [line["loss"] for line in metrics.read(directory.path)] == [1.0, 2.0, 9.0]
     assert [line["loss"] for line in metrics.read(str(root))] == [1.0, 2.0, 9.0]
     assert len(list((root / "tensorboard").iterdir())) == 2, "a file of each start"
 
 
 def test_an_upload_that_fails_is_told_once_and_made_good(root, server, impatient, capsys):
-    with logdir.LogDir(str(root)) as directory:
-        with metrics.Writers(directory.path, tensorboard=False) as writers:
+    with closing(logdir.LogDir(str(root))) as directory:
+        with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
             server.stop()
             for step in (1, 2):
                 writers.write(step, {})
@@ -147,7 +151,7 @@ def test_an_upload_that_fails_is_told_once_and_made_good(root, server, impatient
 
 def test_what_could_not_be_uploaded_at_the_end_stays_and_is_named(root, server, impatient, capsys):
     directory = logdir.LogDir(str(root))
-    with metrics.Writers(directory.path, tensorboard=False) as writers:
+    with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
         writers.write(1, {})
     server.stop()
     directory.close()
@@ -158,7 +162,7 @@ def test_what_could_not_be_uploaded_at_the_end_stays_and_is_named(root, server, 
 
 def test_a_slow_upload_holds_up_nobody_and_not_the_end_for_ever(root, server, capsys):
     directory = logdir.LogDir(str(root))
-    with metrics.Writers(directory.path, tensorboard=False) as writers:
+    with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
         writers.write(1, {})
     with server.lock:  # no answer comes
         begun = time.monotonic()
@@ -171,7 +175,10 @@ def test_a_slow_upload_holds_up_nobody_and_not_the_end_for_ever(root, server, ca
 
 
 def test_what_is_written_while_an_upload_runs_is_uploaded_after_it(root, server):
-    with logdir.LogDir(str(root)) as directory, metrics.Writers(directory.path, tensorboard=False) as writers:
+    with (
+        closing(logdir.LogDir(str(root))) as directory,
+        closing(metrics.Writers(directory.path, tensorboard=False)) as writers,
+    ):
         writers.write(1, {})
         sent = len(server.requests)
         with server.lock:  # no answer comes
@@ -185,8 +192,8 @@ def test_what_is_written_while_an_upload_runs_is_uploaded_after_it(root, server)
 
 
 def test_no_more_often_than_asked_for(root, server):
-    with logdir.LogDir(str(root)) as directory:
-        with metrics.Writers(directory.path, tensorboard=False) as writers:
+    with closing(logdir.LogDir(str(root))) as directory:
+        with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
             writers.write(1, {})
         directory.sync(at_least=60)
         assert directory._thread is None
@@ -198,7 +205,7 @@ def test_no_more_often_than_asked_for(root, server):
 def test_only_the_first_process_uploads(root, monkeypatch):
     (root / metrics.FILE).write_text('{"step": 1}\n')
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with logdir.LogDir(str(root)) as directory:
+    with closing(logdir.LogDir(str(root))) as directory:
         assert os.listdir(directory.path) == []
         with open(os.path.join(directory.path, metrics.FILE), "w") as file:
             file.write("mine")

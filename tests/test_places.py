@@ -1,0 +1,52 @@
+"""Files that are written whole or not at all."""
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from lmboost import places
+
+KILLED = """
+import os, signal, sys
+from lmboost import places
+with places.whole_file(sys.argv[1]) as partial:
+    partial.write_text("new")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_old_file_stays_until_the_new_one_is_written_and_after_an_error(tmp_path):
+    path = tmp_path / "file"
+    with places.whole_file(path) as partial:
+        partial.write_text("old")
+        assert not path.exists() and partial.parent == tmp_path and partial.name.endswith(".tmp")
+    with pytest.raises(ZeroDivisionError), places.whole_file(str(path)) as partial:
+        partial.write_text("new")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_the_old_file_outlives_a_kill(tmp_path):
+    (tmp_path / "file").write_text("old")
+    assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "file")]).returncode < 0
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_many_write_one_file_and_none_is_in_anothers_way(tmp_path):
+    texts = [str(i) * 10_000 for i in range(8)]
+
+    def write(text):
+        for _ in range(20):
+            with places.whole_file(tmp_path / "file") as partial:
+                partial.write_text(text)
+            assert (tmp_path / "file").read_text() in texts
+
+    threads = [threading.Thread(target=write, args=(text,)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "file").read_text() in texts and os.listdir(tmp_path) == ["file"]
