@@ -26,7 +26,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import absl.logging
@@ -40,7 +40,7 @@ from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_o
 from lmboost.models import transformer
 from lmboost.run import goodput, guard, lock, processes
 from lmboost.run.checkpointer import Checkpointer
-from lmboost.run.log import RunLog, Settings
+from lmboost.run.log import Parts, RunLog, Settings
 from lmboost.run.logdir import LogDir
 from lmboost.run.metrics import take_over
 from lmboost.run.processes import say
@@ -61,8 +61,12 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
     mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
     say(f"student: {run.student.num_params():,} parameters, mesh {dict(mesh.shape)}")
 
-    with jax.set_mesh(mesh), contextlib.ExitStack() as closing:
-        keep = lambda thing: closing.callback(thing.close) and thing  # noqa: E731
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+
+        def keep(thing: Any) -> Any:
+            """The thing, which is closed at the end, the newest first."""
+            return stack.enter_context(contextlib.closing(thing))
+
         # -------------------------------------------------------------- data
         with processes.together("opening the data and the workdir"):
             data = loader.Loader(
@@ -82,87 +86,81 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
         # -------------------------------------------------------------- state and helpers
         with clock.measure("restore"):
             tx, learning_rate = optimizers.make_optimizer(c.optimizer, c.steps, jax.eval_shape(run.init_params))
-            checkpointer = closing.enter_context(Checkpointer(workdir, c.checkpoint, mesh))
-            state, start, evaluated = _start(run, mesh, tx, checkpointer, log_dir)
-            if start >= c.steps:
+            checkpointer = stack.enter_context(Checkpointer(workdir, c.checkpoint, mesh))
+            state, first, evaluated = _start(c, run, mesh, tx, checkpointer, log_dir)
+            if first >= c.steps:
                 say(f"the run in {workdir} is finished: {c.steps} steps")
                 return state
-            helpers = _load_helpers(run, start, mesh)
+            helpers = _load_helpers(run, first, mesh)
             manifest = _write_manifest(run, helpers, workdir)
-        clock.begin(start)
+        clock.begin(first)
         asked = Settings(c.steps, c.batch_size * c.seq_len, run.flops, c.max_nonfinite, **c.log)
-        log = keep(RunLog(asked, log_dir, clock, start))
+        log = keep(RunLog(asked, log_dir, clock, first))
+        part = Parts(watch, clock, log)
 
         def evaluate_at(done: int) -> bool:
             """Validates, if it is due after so many steps; False if it was broken off to stop."""
             if done != c.steps and not (c.eval.every and done % c.eval.every == 0):
                 return True
-            log.pause()
-            with clock.measure("evaluate"):
+            with part(f"evaluating after step {done}", "evaluate", pause=True):
                 values = validate(state.params["model"], preempted.told if done < c.steps else lambda: False)
             if values is not None:
                 log.validation(done, values)
             return values is not None
 
+        def save_at(done: int, save: Callable[..., None]) -> None:
+            with part(f"saving step {done}", "save", pause=True):
+                save(state, done, run.position(done) | {"evaluated": evaluated}, manifest)
+            log.saved(done)
+
+        def tasks_at(done: int) -> None:
+            if tasks and (done == c.steps or (c.eval.tasks_every and done % c.eval.tasks_every == 0)):
+                with part(f"evaluating tasks after step {done}", "evaluate", pause=True, patient=True):
+                    values = tasks(state.params["model"])
+                log.validation(done, values)
+
         # -------------------------------------------------------------- the loop
-        batches = keep(data.batches(run.rows, start, c.steps))
+        batches = keep(data.batches(run.rows, first, c.steps))
         step_fn = None
-        evaluated = evaluated or evaluate_at(start)
-        for step in range(start, c.steps):
+        evaluated = evaluated or evaluate_at(first)
+        for step in range(first, c.steps):
             if preempted.reached(step):
-                with clock.measure("save"):
-                    _stop(checkpointer, state, step, start, evaluated, run, manifest, log)
-            helps = run.span(step).helps
-            fresh = step_fn is None or step == run.span(step).first
+                if step > first:
+                    save_at(step, checkpointer.finish)
+                raise _stop(step, checkpointer.finished_steps())
+            span = run.span(step)
+            fresh = step_fn is None or step == span.first
             if fresh:
                 log.pause()
-                helpers = {k: v for k, v in helpers.items() if k in run.needed(step)}
-                step_fn = jit_train_step(run.program(helps), tx, learning_rate, state)
-                say(f"step {step}: training {'with ' + ', '.join(sorted(helps)) if helps else 'alone'}")
+                helpers = {name: helpers[name] for name in run.needed(step)}
+                step_fn = jit_train_step(run.program(span.helps), tx, learning_rate, state)
+                say(f"step {step}: training {'with ' + ', '.join(sorted(span.helps)) if span.helps else 'alone'}")
             log.profile(step)
-            watch.beat(f"waiting for the data of step {step}")
-            with clock.measure("data", busy=lambda: log.busy):
+            with part(f"waiting for the data of step {step}", "data", busy=lambda: log.busy):
                 batch = sharding.put_batch(next(batches), mesh)
-            watch.beat(f"working on step {step}")
-            with clock.measure("compile" if fresh else "step"):
+            with part(f"working on step {step}", "compile" if fresh else "step"):
                 state, step_metrics = step_fn(state, helpers, batch)
             log.step(step, step_metrics)
             done = step + 1
-            watch.beat(f"evaluating after step {done}")
             evaluated = evaluate_at(done)
-            watch.beat(f"saving step {done}")
-            if done < c.steps and checkpointer.due(done):
-                log.pause()
-                with clock.measure("save"):
-                    checkpointer.save(state, done, run.position(done) | {"evaluated": evaluated}, manifest)
-                log.saved(done)
-            if tasks and done < c.steps and c.eval.tasks_every and done % c.eval.tasks_every == 0:
-                log.pause()
-                with clock.measure("evaluate"), watch.patient():
-                    log.validation(done, tasks(state.params["model"]))
+            if done < c.steps:
+                if checkpointer.due(done):
+                    save_at(done, checkpointer.save)
+                tasks_at(done)
 
         # -------------------------------------------------------------- the end
-        log.flush()
-        with clock.measure("save"):
-            checkpointer.finish(state, c.steps, run.position(c.steps) | {"evaluated": True}, manifest)
-        if tasks:
-            with clock.measure("evaluate"), watch.patient():
-                log.validation(c.steps, tasks(state.params["model"]))
+        save_at(c.steps, checkpointer.finish)
+        tasks_at(c.steps)
         log.saved(c.steps)
         say(f"time: {clock.summary()}")
     say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
     return state
 
 
-def _stop(checkpointer, state, done: int, start: int, evaluated: bool, run: plan.Plan, manifest, log) -> None:
-    """Saves what was trained since the start, and raises the Stop that ends the process."""
-    log.flush()
-    if done > start:
-        checkpointer.finish(state, done, run.position(done) | {"evaluated": evaluated}, manifest)
-    log.saved(done)
-    steps = checkpointer.finished_steps()
-    raise Stop(
-        f"stopped before step {done} as asked; {f'saved: step {steps[-1]}' if steps else 'nothing to save yet'}. "
+def _stop(step: int, saved: Sequence[int]) -> Stop:
+    """What ends a process that was asked to stop."""
+    return Stop(
+        f"stopped before step {step} as asked; {f'saved: step {saved[-1]}' if saved else 'nothing to save yet'}. "
         "The same command goes on from there.",
         EXIT_PREEMPTED,
     )
@@ -178,12 +176,13 @@ def _tasks(c: ConfigDict, run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[st
     return harness.in_training(lm, harness.names_of(c.eval.tasks), c.eval.tasks_include)
 
 
-def _start(run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: LogDir) -> tuple[TrainState, int, bool]:
+def _start(
+    c: ConfigDict, run: plan.Plan, mesh: Mesh, tx, checkpointer: Checkpointer, log_dir: LogDir
+) -> tuple[TrainState, int, bool]:
     """The state to go on from, its step, and whether it was evaluated.
 
     That of the run's own newest whole checkpoint, else resume.path, else init.path, else random.
     """
-    c = run.config
     fresh = lambda: init_state(run.init_params(), tx)  # noqa: E731
     like = jax.eval_shape(fresh)
     shardings = sharding.tree_sharding(like, mesh)
