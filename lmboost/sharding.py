@@ -208,6 +208,12 @@ def put_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {name: put(x) for name, x in local.items()}
 
 
+def batch_like(batch: dict[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and places of a global batch of so many rows like those of `batch`, to compile for."""
+    place = batch_sharding(mesh)
+    return {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=place) for k, x in batch.items()}
+
+
 def put_rows(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Rows [B, ...] that every process has in full, as a global batch; B is a multiple of `batch_shards`."""
     return {

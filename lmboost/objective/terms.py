@@ -53,6 +53,7 @@ HELPS = {
         ("kept_fraction",),
     ),
 }  # fmt: skip
+MAIN_METRICS = tuple(help_.metrics[0] for help_ in HELPS.values())
 
 
 class Span(NamedTuple):

@@ -11,13 +11,12 @@ import jax
 
 from lmboost import flops
 from lmboost.errors import UserError
+from lmboost.objective import terms
 from lmboost.run import goodput, guard, metrics, progress
 from lmboost.run.logdir import LogDir
 
 # Fields that every training line of metrics.jsonl has, null where there is no such number.
-FIELDS = (
-    "loss", "ce", "kd", "align", "kept_fraction", "grad_norm", "learning_rate", "tokens_per_second", "mfu", "goodput",
-)  # fmt: skip
+FIELDS = ("loss", "ce", *terms.MAIN_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "mfu", "goodput")
 SYNC_SECONDS = 60.0  # between uploads of a remote run's numbers, and between lines of goodput.jsonl
 
 

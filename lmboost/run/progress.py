@@ -11,6 +11,8 @@ import rich.console
 import rich.progress
 import rich.text
 
+from lmboost.objective import terms
+
 
 class Progress:
     """The console: a progress bar on a terminal, else a plain line every 10 seconds and at evaluations.
@@ -84,8 +86,7 @@ class Progress:
 _SHOWN = {  # in this order; the rest is for the files
     "loss": "{:.3f}",
     "ce": "{:.3f}",
-    "kd": "{:.3f}",
-    "align": "{:.3f}",
+    **dict.fromkeys(terms.MAIN_METRICS, "{:.3f}"),
     "grad_norm": "{:.2f}",
     "learning_rate": "{:.2e}",
     "val_loss": "{:.4f}",

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmboost.config import base
+from lmboost.data import loader
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
@@ -153,9 +154,7 @@ def test_the_step_gives_the_numbers_that_the_table_names(name):
     c = objective(kd_weight=0.5, align_weight=0.5, select_candidates=2)
     made = terms.make_objective(c, 100, model, model)
     program = Program(model, made, frozenset({name}), model, model)
-    row = jax.ShapeDtypeStruct((8 * terms.HELPS[name].rows(made), 4), jnp.int32)
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
-    batch["weights"] = jax.ShapeDtypeStruct(row.shape, jnp.float32)
+    batch = loader.batch_of([], 8 * terms.HELPS[name].rows(made), 4)
     tx, plain = optax.sgd(1.0), Program(model, made)
     state = jax.eval_shape(lambda: init_state(init_params(model, made, 0, model), tx))
     helper = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
