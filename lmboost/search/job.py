@@ -258,10 +258,11 @@ class _Log:
 
 
 def _check_same(directory: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before = {configs.modern(name): value for name, value in old["config"].items()}
     changed = [
-        f"{name}: {old['config'].get(name)!r} -> {value!r}"
+        f"{name}: {before.get(name)!r} -> {value!r}"
         for name, value in new["config"].items()
-        if name != MORE and old["config"].get(name) != value
+        if name != MORE and before.get(name) != value
     ]
     changed += [f"{name}: {old[name]} -> {new[name]}" for name in ("parent", "data") if old[name] != new[name]]
     if changed:
