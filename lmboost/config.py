@@ -7,15 +7,17 @@ that does not exist can be neither set in a recipe nor overridden on the command
 import dataclasses
 import importlib.util
 import os
+import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from lmboost.errors import UserError, nearest, one_of
 from lmboost.models.model_config import ModelConfig
-from lmboost.run import processes
 
 
 def base() -> ConfigDict:
@@ -170,35 +172,90 @@ def shrink(c: ConfigDict) -> None:
     c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 4, 4, 2, 1
 
 
-def load(argv: Sequence[str]) -> tuple[ConfigDict, str]:
-    """Reads `--config=FILE[:VARIANT] --config.a.b=VALUE ... --workdir=DIR`, as ml_collections' flags do.
+DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
 
-    Values take the type of the field's default. (The flags of ml_collections themselves cannot name a field
-    `from`.) Returns (config, workdir). Raises a UserError on an unknown flag or field, naming the nearest
-    known one, a value of another type, or a recipe that does not load.
+
+def required(give: str) -> dataclasses.Field:
+    """A flag that must be given; `give` says what."""
+    return dataclasses.field(metadata={"give": give})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The flags of a verb that takes a recipe, beside those of its fields. A verb that has more of them adds fields."""
+
+    config: str = required("a recipe, as in --config=configs/quickstart.py:plain")
+    workdir: str = required("the directory that the run writes to")
+    traceback: bool = False  # of a user error; errors.run_verb sees to it
+
+
+def load(argv: Sequence[str]) -> tuple[ConfigDict, str]:
+    """(config, workdir) of `--config=FILE[:VARIANT] --config.a.b=VALUE ... --workdir=DIR`; see `read`."""
+    tree, given = read(argv, Flags)
+    return tree, given.workdir
+
+
+def read(argv: Sequence[str], kind: type[Flags]) -> tuple[ConfigDict, Any]:
+    """The recipe's tree with the fields that the command line sets, and the other flags, as one of `kind`.
+
+    Values take the type of the field's default. Raises a UserError on an unknown flag or field, naming the nearest
+    known one, a value of another type, a flag that is missing, or a recipe that does not load.
     """
-    recipe, workdir, overrides = "", "", []
-    arguments = iter(argv)
-    for argument in arguments:
-        if not argument.startswith("--"):
-            raise UserError(f"unexpected argument {argument!r}: flags are given as --name=value.")
-        name, equals, value = argument[2:].partition("=")
-        if name.startswith(("config.", "noconfig.")):
-            overrides.append((name, value if equals else None))
-            continue
-        if name not in ("config", "workdir"):
-            known = ("config", "workdir", "traceback", "help", *processes.FLAGS)
-            raise UserError(f"unknown flag --{name}{nearest(name, known)}.")
-        value = value if equals else next(arguments, "")
-        recipe, workdir = (value, workdir) if name == "config" else (recipe, value)
-    if not recipe:
-        raise UserError("--config is missing: give a recipe, as in --config=configs/quickstart.py:plain.")
-    if not workdir:
-        raise UserError("--workdir is missing: give the directory that the run writes to.")
-    tree = load_recipe(recipe)
-    for name, value in overrides:
-        _override(tree, name, value)
-    return tree, workdir
+    own, fields, overrides, rest = flags.FlagValues(), flags.FlagValues(), [], []
+    for argument in argv:
+        (overrides if argument.lstrip("-").startswith(("config.", "noconfig.")) else rest).append(argument)
+    for field in dataclasses.fields(kind):
+        default = None if field.default is dataclasses.MISSING else field.default
+        typed, *_ = get_args(field.type) or [field.type]  # of `float | None`, the first
+        DEFINE[typed](field.name, default, "", flag_values=own)
+    _parse(own, rest)
+    for field in dataclasses.fields(kind):
+        if "give" in field.metadata and not own[field.name].value:
+            raise UserError(f"--{field.name} is missing: give {field.metadata['give']}.")
+    tree = load_recipe(own.config)
+    values = flatten(tree)
+    overrides = [_checked(argument, values) for argument in overrides]
+    config_flags.DEFINE_config_dict("config", tree, flag_values=fields, sys_argv=["", *overrides])
+    _parse(fields, overrides)
+    return tree, kind(**{name: own[name].value for name in own})
+
+
+def _parse(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Sets flags as absl does; what it says against one becomes a UserError."""
+    try:
+        left = values(["", *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        near = nearest(error.flagname, [*values, "help", *(f"config.{name}" for name in flatten(base()))])
+        raise UserError(f"unknown flag --{error.flagname}{near}.") from error
+    except flags.IllegalFlagValueError as error:  # "flag --NAME=VALUE: " and what int() or float() said
+        given = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+        flag = values[given[2:].partition("=")[0]]
+        expected = "true or false" if flag.boolean else f"a value of type {flag.flag_type()}"
+        default = "" if flag.default is None else f", as the default {flag.default!r}"
+        raise UserError(f"{given}: expected {expected}{default}.") from error
+    except (flags.Error, ValueError) as error:
+        raise UserError(f"{error}.") from error
+    if left:
+        raise UserError(f"unexpected argument {left[0]!r}: flags are given as --name=value.")
+
+
+def _checked(argument: str, values: dict[str, Any]) -> str:
+    """A field's flag, by the name that the field has now. A UserError without such a field, or without a value."""
+    flag, equals, value = argument.partition("=")
+    field = modern(flag.split("config.", 1)[1])
+    if field not in values:
+        raise UserError(f"{flag}: the config has no field {field!r}{nearest(field, values)}.")
+    if not isinstance(values[field], bool) and (not equals or "noconfig." in flag):  # absl would take the next argument
+        kind = type(values[field]).__name__
+        raise UserError(f"{flag}: {field} is of type {kind}; give its value, as in --config.{field}=VALUE.")
+    if modern(flag) != flag:
+        print(f"{flag} is now {modern(flag)}", file=sys.stderr)
+    return modern(flag) + equals + value
+
+
+def modern(name: str) -> str:
+    """The name that a field has now, of one in a command line, a manifest.json or a search.json of any age."""
+    return re.sub(r"\b(teacher|init|resume)\.from$", r"\1.path", name)
 
 
 def load_recipe(recipe: str) -> ConfigDict:
@@ -208,7 +265,10 @@ def load_recipe(recipe: str) -> ConfigDict:
         raise UserError(f"--config={recipe}: there is no file {path!r}.")
     try:
         module = load_module(path)
-        return module.get_config(variant) if variant else module.get_config()
+        tree = module.get_config(variant) if variant else module.get_config()
+        if not isinstance(tree, ConfigDict):
+            raise TypeError(f"get_config() returns {tree!r}, and not a config.")
+        return tree
     except (AttributeError, ImportError, KeyError, SyntaxError, TypeError) as error:
         message = str(error).strip("\"'").replace("\\n", " ").replace("\\'", "'").replace("\n", " ")
         raise UserError(f"--config={recipe} does not load: {message}") from error
@@ -227,53 +287,21 @@ def load_module(path: str) -> types.ModuleType:
     return module
 
 
-def _override(tree: ConfigDict, flag: str, text: str | None) -> None:
-    """Sets one field from the command line. `text` None is a bare flag: true, or false as --noconfig.x."""
-    negated, field = flag.startswith("no"), flag.split("config.", 1)[1]
-    values = flatten(tree)
-    if field not in values:
-        raise UserError(f"--{flag}: the config has no field {field!r}{nearest(field, values)}.")
-    kind = type(values[field])
-    if text is None and kind is bool:
-        text = "false" if negated else "true"
-    elif text is None or negated:
-        raise UserError(f"--{flag}: {field} is of type {kind.__name__}; give its value, as in --config.{field}=VALUE.")
-    try:
-        value = {"true": True, "1": True, "false": False, "0": False}[text.lower()] if kind is bool else kind(text)
-    except (KeyError, ValueError) as error:
-        expected = "true or false" if kind is bool else f"a value of type {kind.__name__}"
-        raise UserError(f"--config.{field}={text}: expected {expected}, as the default {values[field]!r}.") from error
-    *parents, last = field.split(".")
-    for parent in parents:
-        tree = tree[parent]
-    tree[last] = value
-
-
-def _leaves(tree: ConfigDict, prefix: str = "") -> Iterator[str]:
-    for key, value in tree.items():
-        if isinstance(value, ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
-
-
-def flatten(tree: ConfigDict) -> dict[str, object]:
+def flatten(tree: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of every leaf."""
     out = {}
-    for name in _leaves(tree):
-        value = tree
-        for key in name.split("."):
-            value = value[key]
-        out[name] = value
+    for key, value in tree.items():
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
     return out
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What two configs of one run may not differ in, as lines "field: old -> new".
 
-    A field that the old one does not have, as it was written before there was such a field, has its default.
+    A field that the old one does not have, as it was written before there was such a field, has its default; one that
+    it has under an older name is that field.
     """
-    a, b = flatten(base()) | flatten(old), flatten(new)
+    a, b = flatten(base()) | {modern(name): value for name, value in flatten(old).items()}, flatten(new)
     names = [n for n in sorted({*a, *b}) if not any(n == f or n.startswith(f + ".") for f in FREE)]
     missing = object()
     return [f"{n}: {a.get(n, None)!r} -> {b.get(n, None)!r}" for n in names if a.get(n, missing) != b.get(n, missing)]

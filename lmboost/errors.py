@@ -59,6 +59,14 @@ def exit_on_user_error(main: Callable[[], None], show_traceback: bool = False) -
         sys.exit(EXIT_USER_ERROR)
 
 
+def run_verb(main: Callable[[list[str]], None], doc: str) -> None:
+    """A verb of the command line: `doc` if it has --help, else `main` of its arguments, ended as above."""
+    argv = sys.argv[1:]
+    if "--help" in argv or "-h" in argv:
+        sys.exit(print(doc))
+    exit_on_user_error(lambda: main(argv), show_traceback="--traceback" in argv)
+
+
 def exit_at_once(status: int) -> None:
     """Ends the process without the farewells of libraries, which would wait for other processes."""
     sys.stdout.flush()

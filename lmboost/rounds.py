@@ -1,20 +1,32 @@
 """Inheritune's rounds (arXiv 2404.08634, algorithm 1): train, compare with the reference, inherit more, train again.
 
-    python -m lmboost.surgery grow --config=configs/inheritune_gpt2_medium.py --reference=RUN --workdir=DIR
+    python -m lmboost.rounds --config=configs/inheritune_gpt2_medium.py --reference=RUN --workdir=DIR
+
+  --config=FILE[:VARIANT]   the recipe of every round
+  --config.a.b=VALUE        overrides one field of it (lmboost/config.py lists all of them)
+  --reference=RUN           the run or checkpoint that is inherited from
+  --workdir=DIR             where the rounds write
+  --first=N                 layers of the first round; 0, the default, is half of the reference's
+  --by=2                    how many more each round inherits
+  --target=LOSS             the loss to meet; left out, it is the reference's own on the same rows
+  --last=1                  evaluations at a round's end that are averaged
+  --traceback               shows the traceback of a user error
 
 Round 0 inherits the first layers of the reference, half of them unless told otherwise. While a round's validation loss
 is above the reference's on the same data, the next one inherits more of the **reference's** layers (2, as in the
 paper) and trains from step 0. Every round is a normal run in DIR/layers-N; the same command goes on where it stopped.
 """
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from lmboost import checkpoint, evaluate, train
-from lmboost.errors import UserError
+from lmboost import config as configs
+from lmboost.errors import UserError, run_verb
 from lmboost.run import metrics
 
 
@@ -30,13 +42,8 @@ def grow(
 ) -> int:
     """Runs the rounds; returns how many layers the last one has.
 
-    Args:
-      config: the recipe of every round; its number of layers and its `init` are set here.
-      reference: the run or checkpoint that is inherited from.
-      first: layers of round 0; 0 is half of the reference's.
-      by: how many more each round inherits.
-      target: the loss to meet; None is the reference's own, over the same rows that the rounds are validated on.
-      last: how many of a round's last evaluations are averaged (noise is 0.01 to 0.03 on OpenWebText).
+    The config is the recipe of every round; its number of layers and its `init` are set here. What the others are, the
+    flags say; noise of an evaluation, over `last` of which is averaged, is 0.01 to 0.03 on OpenWebText.
     """
     directory = checkpoint.find(reference, field="--reference")
     depth = checkpoint.read_manifest(directory)["model"]["num_layers"]
@@ -78,3 +85,23 @@ def train_round(config: ConfigDict, layers: int, workdir: str, reference: str, l
     if len(losses) < last:
         raise UserError(f"--last={last}: the round in {workdir} has {len(losses)} evaluations. Lower eval.every.")
     return float(np.mean(losses[-last:]))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(configs.Flags):
+    """The flags of this verb; the arguments of `grow`."""
+
+    reference: str = configs.required("the run or checkpoint that is inherited from")
+    first: int = 0
+    by: int = 2
+    target: float | None = None
+    last: int = 1
+
+
+def main(argv: Sequence[str]) -> None:
+    config, flags = configs.read(argv, Flags)
+    grow(config, flags.workdir, flags.reference, flags.first, flags.by, flags.target, flags.last)
+
+
+if __name__ == "__main__":
+    run_verb(main, __doc__)

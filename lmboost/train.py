@@ -20,6 +20,7 @@ of all threads; anything else a crash. Launchers start the same command again un
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import logging
@@ -36,7 +37,7 @@ from ml_collections import ConfigDict
 
 from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start  # fmt: skip
 from lmboost.data import loader, tokenizer
-from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error
+from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
 from lmboost.models import transformer
 from lmboost.run import goodput, guard, lock, processes
 from lmboost.run.checkpointer import Checkpointer
@@ -268,17 +269,22 @@ def _quiet_libraries() -> None:
     sys.unraisablehook = lambda _: None
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags(config.Flags, processes.Cluster):
+    """The flags of this verb."""
+
+
 def main(argv: list[str]) -> None:
-    if "--traceback" not in argv:
+    c, flags = config.read(argv, Flags)
+    if not flags.traceback:
         _quiet_libraries()
-    cluster, rest = processes.parse([a for a in argv if a != "--traceback"])
-    c, workdir = config.load(rest)
-    processes.start(cluster)
+    processes.start(flags)
+    run = lambda: train(c, flags.workdir, goodput.process_start())  # noqa: E731
     if jax.process_count() == 1:
-        train(c, workdir, goodput.process_start())
+        run()
         return
     try:
-        exit_on_user_error(lambda: train(c, workdir, goodput.process_start()), show_traceback="--traceback" in argv)
+        exit_on_user_error(run, flags.traceback)
     except SystemExit as end:  # jax would wait for the others, which may be waiting for this one
         exit_at_once(end.code)
     except BaseException:
@@ -287,6 +293,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    if "--help" in sys.argv:
-        sys.exit(print(__doc__))
-    exit_on_user_error(lambda: main(sys.argv[1:]), show_traceback="--traceback" in sys.argv)
+    run_verb(main, __doc__)

@@ -1,11 +1,6 @@
 """Several processes of one run: how they find one another, agree, and end together.
 
-On a TPU pod every process finds the others by itself. Elsewhere flags say where the first process listens:
-
-  --coordinator=HOST:PORT --num_processes=N --process_id=I
-  --multihost                let jax find the cluster: TPU VMs, GKE, Slurm, Open MPI
-  --start_timeout=300        seconds that processes wait for one another at the start
-  --heartbeat_timeout=100    seconds without a sign of life after which a process is taken for dead
+On a TPU pod every process finds the others by itself. Elsewhere flags of lmboost.train say where the first one listens.
 """
 
 import contextlib
@@ -13,7 +8,7 @@ import dataclasses
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -26,7 +21,7 @@ from lmboost.errors import EXIT_USER_ERROR, Stop, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """What the command line says about the processes of a run; the names are those of the flags."""
+    """What the command line says about the processes of a run. Raises a UserError on values that do not fit."""
 
     coordinator: str = ""
     num_processes: int = 0
@@ -35,45 +30,21 @@ class Cluster:
     start_timeout: int = 300
     heartbeat_timeout: int = 100
 
-
-FLAGS = tuple(field.name for field in dataclasses.fields(Cluster))
-
-
-def parse(argv: Sequence[str]) -> tuple[Cluster, list[str]]:
-    """The cluster that the flags describe, and the other arguments. Raises a UserError on values that do not fit."""
-    values, rest = {}, []
-    kinds = {field.name: field.type for field in dataclasses.fields(Cluster)}
-    for argument in argv:
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in kinds:
-            rest.append(argument)
-        elif kinds[name] is bool:
-            if equals:
-                raise UserError(f"--{argument[2:]}: {name} takes no value.")
-            values[name] = True
-        else:
-            try:
-                values[name] = kinds[name](text)
-            except ValueError as error:
-                raise UserError(f"--{name}={text}: expected a whole number.") from error
-    return _check(Cluster(**values)), rest
-
-
-def _check(c: Cluster) -> Cluster:
-    for name in ("start_timeout", "heartbeat_timeout"):
-        if (value := getattr(c, name)) < 1:
-            raise UserError(f"--{name}={value}: expected at least 1 second.")
-    host, _, port = c.coordinator.rpartition(":")
-    if c.coordinator and not (host and port.isdigit()):
-        raise UserError(f"--coordinator={c.coordinator}: expected HOST:PORT of process 0, as in 10.0.0.2:8476.")
-    if c.coordinator and not c.multihost and not (c.num_processes >= 1 and 0 <= c.process_id < c.num_processes):
-        raise UserError(
-            f"--coordinator={c.coordinator} with --num_processes={c.num_processes} --process_id={c.process_id}: give "
-            "the number of processes, and this one's, from 0 to one less."
-        )
-    if not c.coordinator and (c.num_processes or c.process_id >= 0):
-        raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, where process 0 listens.")
-    return c
+    def __post_init__(self):
+        for name in ("start_timeout", "heartbeat_timeout"):
+            if (value := getattr(self, name)) < 1:
+                raise UserError(f"--{name}={value}: expected at least 1 second.")
+        where, count, me = self.coordinator, self.num_processes, self.process_id
+        host, _, port = where.rpartition(":")
+        if where and not (host and port.isdigit()):
+            raise UserError(f"--coordinator={where}: expected HOST:PORT of process 0, as in 10.0.0.2:8476.")
+        if where and not self.multihost and not 0 <= me < count:
+            raise UserError(
+                f"--coordinator={where} with --num_processes={count} --process_id={me}: give the number of processes, "
+                "and this one's, from 0 to one less."
+            )
+        if not where and (count or me >= 0):
+            raise UserError("--num_processes and --process_id need --coordinator=HOST:PORT, where process 0 listens.")
 
 
 def start(c: Cluster) -> None:

@@ -11,20 +11,9 @@ Cuts are compared by their loss on held-out text before any training. WORKDIR/wi
 best one; WORKDIR/candidates.jsonl has all of them.
 """
 
-import sys
-from collections.abc import Sequence
-
 from lmboost import config
-from lmboost.errors import exit_on_user_error
+from lmboost.errors import run_verb
 from lmboost.search import job
 
-
-def main(argv: Sequence[str]) -> None:
-    if not argv or argv[0] in ("--help", "-h"):
-        sys.exit(print(__doc__))
-    job.search(*config.load(argv))
-
-
 if __name__ == "__main__":
-    arguments = [a for a in sys.argv[1:] if a != "--traceback"]
-    exit_on_user_error(lambda: main(arguments), show_traceback="--traceback" in sys.argv)
+    run_verb(lambda argv: job.search(*config.load(argv)), __doc__)

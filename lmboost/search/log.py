@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from lmboost import config as configs
 from lmboost import places
 from lmboost.errors import UserError
 from lmboost.run import lines
@@ -65,10 +66,11 @@ class Log:
 
 
 def _check_same(directory: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    before = {configs.modern(name): value for name, value in old["config"].items()}
     changed = [
-        f"{name}: {old['config'].get(name)!r} -> {value!r}"
+        f"{name}: {before.get(name)!r} -> {value!r}"
         for name, value in new["config"].items()
-        if name != MORE and old["config"].get(name) != value
+        if name != MORE and before.get(name) != value
     ]
     changed += [f"{name}: {old[name]} -> {new[name]}" for name in ("parent", "data") if old[name] != new[name]]
     if changed:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lmboost import config, flops
-from lmboost.aot import __main__, hlo, problems
+from lmboost.aot import compiler, hlo, problems, step
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 
@@ -76,11 +76,12 @@ import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import mesh_utils
 from jax.sharding import NamedSharding, PartitionSpec as P
-from lmboost import aot, hlo, sharding
-from lmboost.models.transformer import ModelConfig
+from lmboost import sharding
+from lmboost.aot import compiler, hlo, problems
+from lmboost.models.model_config import ModelConfig
 
-log = aot.compiler_log()
-devices = aot.devices("v5e:2x4")
+log = compiler.compiler_log()
+devices = compiler.devices("v5e:2x4")
 mesh = sharding.make_mesh(1, 8, 1, devices=devices)
 model = ModelConfig(vocab_size=4096, num_layers=6, d_model=256, num_heads=2, num_kv_heads=2, head_dim=128, mlp_dim=1024)
 
@@ -92,7 +93,7 @@ def place(x, *axes, mesh=mesh):
 
 def collectives(fn, *args):
     with jax.set_mesh(mesh):
-        return hlo.Program(aot.compile_text(jax.jit(fn).lower(*args))[1], 8).collectives()
+        return hlo.Program(compiler.compile_text(jax.jit(fn).lower(*args))[1], 8).collectives()
 
 h, table = sharded((32, 512, 256), "fsdp"), sharded((256, 4096), "fsdp")
 stack, x = sharded((6, 256, 1024), None, "fsdp"), sharded((2048, 256), "fsdp")
@@ -108,9 +109,9 @@ out = {}
 def found(name, *program):
     cs = collectives(*program)
     out[name] = {
-        "logits": [aot.describe(c) for c in cs if aot.moved_logits(c, [model], 1024, mesh)],
-        "stacks": [aot.describe(c) for c in cs if aot.moved_stack(c, [model], mesh)],
-        "sums": [aot.describe(c) for c in cs if aot.rounded_sum(c, mesh)],
+        "logits": [problems.describe(c) for c in cs if problems.moved_logits(c, [model], 1024, mesh)],
+        "stacks": [problems.describe(c) for c in cs if problems.moved_stack(c, [model], mesh)],
+        "sums": [problems.describe(c) for c in cs if problems.rounded_sum(c, mesh)],
         "gathers": [(c.times, c.bytes) for c in cs if c.kind == "all-gather"],
     }
 
@@ -122,19 +123,19 @@ found("layers", lambda x, s: layers(x, s, False), x, stack)
 found("rounded", lambda x: place(x.T @ x, "fsdp"), x)
 found("exact", lambda x: place(jnp.matmul(x.T, x, preferred_element_type=jnp.float32), "fsdp"), x)
 
-out["before"] = aot.rematerialisations(log)
+out["before"] = compiler.rematerialisations(log)
 cube = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=devices)
 y = sharded((64, 64, 64), "a", "b", "c", mesh=cube)
 twist = lambda y: place(place(jnp.sin(y), ("a", "b", "c"), mesh=cube), None, ("c", "a"), "b", mesh=cube) * 2
 with jax.set_mesh(cube):
     jax.jit(twist).lower(y).compile()
-out["after"] = aot.rematerialisations(log)
+out["after"] = compiler.rematerialisations(log)
 
-apart = mesh_utils.create_hybrid_device_mesh((1, 4), (2, 1), aot.devices("v5e:2x2", 2))
+apart = mesh_utils.create_hybrid_device_mesh((1, 4), (2, 1), compiler.devices("v5e:2x2", 2))
 apart = jax.sharding.Mesh(apart, ("slice", "chip"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 z = sharded((512, 512), "slice", "chip", mesh=apart)
 with jax.set_mesh(apart):
-    text = aot.compile_text(jax.jit(lambda z: place(z, None, "chip", mesh=apart) * 2).lower(z))[1]
+    text = compiler.compile_text(jax.jit(lambda z: place(z, None, "chip", mesh=apart) * 2).lower(z))[1]
 out["between"] = [(c.kind, c.bytes) for c in hlo.Program(text, 8).collectives()]
 json.dump(out, sys.stdout)
 """
@@ -183,7 +184,7 @@ def test_what_slices_exchange_is_seen(programs):
 
 def test_no_log_is_no_clean_log(tmp_path):
     with pytest.raises(RuntimeError, match="no log"):
-        __main__.rematerialisations(str(tmp_path))
+        compiler.rematerialisations(str(tmp_path))
 
 
 TEXT = """\
@@ -271,9 +272,9 @@ def test_a_recipe_that_does_not_say_its_teacher_needs_one(recipe):
     searched = "configs/subnet_smollm2.py"
     c = config.load_recipe(searched)
     with pytest.raises(UserError, match="--teacher=PRESET"):
-        __main__.teacher_of(c, searched)
-    assert __main__.teacher_of(c, searched, "smollm2-1.7b").d_model == 2048
-    assert __main__.teacher_of(config.load_recipe(recipe), recipe) is None
+        step.teacher_of(c, searched)
+    assert step.teacher_of(c, searched, "smollm2-1.7b").d_model == 2048
+    assert step.teacher_of(config.load_recipe(recipe), recipe) is None
 
 
 def test_what_does_not_fit_is_told_with_what_to_do():

@@ -1,0 +1,160 @@
+"""The TPU compiler on a machine that has none: its pods, its log, and what it makes of a run's steps."""
+
+import atexit
+import glob
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lmboost import plan
+from lmboost.aot import hlo
+from lmboost.aot.problems import describe, moved_logits, moved_stack, rounded_sum
+from lmboost.aot.step import lower
+from lmboost.errors import UserError, nearest
+
+# Memory of one jax device in GiB, and the topologies that the compiler has. https://cloud.google.com/tpu/docs
+HBM = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
+FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
+TOPOLOGIES = tuple(f"{chip}:{shape}" for chip in HBM for shape in (FLAT if chip.endswith("e") else CUBE))
+
+GIB = 2**30
+
+
+def compiler_log() -> str:
+    """Makes jax ready to compile for TPUs without one; returns the directory that libtpu will write its log to.
+
+    Must come before libtpu is loaded: it reads its settings once. What was compiled before is not taken from a cache,
+    since nothing is logged then.
+    """
+    directory = tempfile.mkdtemp(prefix="lmboost-aot-")
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    os.environ |= {
+        "TPU_LOG_DIR": directory,
+        "TPU_MIN_LOG_LEVEL": "0",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used, so that another process may use one
+        "TPU_ACCELERATOR_TYPE": "v5litepod-1",  # of this machine: else it is looked for, with warnings
+        "TPU_WORKER_HOSTNAMES": "localhost",
+    }
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    return directory
+
+
+def devices(topology: str, slices: int = 1) -> Sequence[Any]:
+    """The devices of a pod, or of several. A UserError where there is no such pod, or no compiler for it."""
+    if topology not in TOPOLOGIES:
+        raise UserError(
+            f"--topology={topology!r} is not known{nearest(topology, TOPOLOGIES)}: expected one of "
+            f"{', '.join(TOPOLOGIES)}."
+        )
+    if slices < 1:
+        raise UserError(f"--slices={slices} must be at least 1.")
+    from jax.experimental import topologies
+
+    several = {"num_slices": slices} if slices > 1 else {}
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
+    except (RuntimeError, ModuleNotFoundError) as error:
+        raise UserError(
+            f"the TPU compiler does not start: {str(error).splitlines()[0]} It needs libtpu: pip install 'jax[tpu]'."
+        ) from error
+
+
+def rematerialisations(log: str) -> list[str]:
+    """The tensors that the partitioner could only replicate and cut anew, by what libtpu's log says of them.
+
+    Raises a RuntimeError where there is no log: nothing would be no news then.
+    """
+    files = glob.glob(os.path.join(log, "*.log.INFO.*"))
+    if not files:
+        raise RuntimeError(f"libtpu has written no log to {log}: it was loaded before compiler_log was called.")
+    lines = [line for file in files for line in open(file, errors="replace")]
+    return [line.split("] ", 1)[-1].strip() for line in lines if "nvoluntary full rematerialization" in line]
+
+
+def compile_text(lowered: Any) -> tuple[Any, str]:
+    """(compiled program, its text after all passes), the latter as the compiler itself wrote it.
+
+    Programs for some TPUs have instructions that jax can't read back, so its own `as_text` fails on them.
+    """
+    with tempfile.TemporaryDirectory(prefix="lmboost-aot-") as directory:
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
+        compiled = lowered.compile(compiler_options=options)
+        texts = glob.glob(os.path.join(directory, "*.after_codegen.txt"))
+        if len(texts) != 1:
+            raise RuntimeError(f"the compiler wrote {len(texts)} texts of one program: {os.listdir(directory)}.")
+        with open(texts[0]) as file:
+            return compiled, file.read()
+
+
+def compile_phases(
+    c: ConfigDict, run: plan.Plan, mesh: Mesh, chip: str, log: str, only_first: bool = False
+) -> Iterator[dict]:
+    """Compiles the step of each phase and yields what there is to say of it, as plain values; sizes in bytes."""
+    models = [run.student] + ([run.teacher.model] if run.teacher else [])
+    for span in run.spans[: 1 if only_first else None]:
+        first, end, helps = span
+        known, began = len(rematerialisations(log)), time.monotonic()
+        try:
+            compiled, text = compile_text(lower(c, run, mesh, span))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise _too_large(str(error), chip, helps) from error
+        collectives = hlo.Program(text, mesh.size).collectives()
+        moved = Counter()
+        for one in collectives:
+            moved[one.kind] += one.times * one.bytes
+        block = run.objective.block_tokens
+        yield {
+            "first": first,
+            "end": end,
+            "helps": sorted(helps),
+            "seconds": time.monotonic() - began,
+            "memory": memory_of(compiled) | {"limit": HBM[chip] * GIB},
+            "flops": run.flops(first + 1) - run.flops(first),
+            "collectives": dict(sorted(moved.items())),
+            "largest": [describe(one) for one in sorted(collectives, key=lambda x: -x.largest.bytes)[:3]],
+            "moved_logits": [describe(x) for x in collectives if moved_logits(x, models, block, mesh)],
+            "moved_stacks": [describe(x) for x in collectives if moved_stack(x, models, mesh)],
+            "rounded_sums": [describe(x) for x in collectives if rounded_sum(x, mesh)],
+            "rematerialised": rematerialisations(log)[known:],
+        }
+
+
+def memory_of(compiled: Any) -> dict[str, int]:
+    """Bytes that a program needs on a chip, by what for. `outputs` is what does not take an argument's place.
+
+    Temporaries are what the peak has besides; their own figure counts some twice in older compilers.
+    """
+    said = compiled.memory_analysis()
+    arguments, outputs = said.argument_size_in_bytes, said.output_size_in_bytes - said.alias_size_in_bytes
+    peak, code = said.peak_memory_in_bytes, said.generated_code_size_in_bytes
+    temporaries = peak - arguments - outputs
+    return {
+        "arguments": arguments, "outputs": outputs, "temporaries": temporaries, "code": code, "total": peak + code,
+    }  # fmt: skip
+
+
+def _too_large(said: str, chip: str, helps: Sequence[str]) -> UserError:
+    sentence = re.search(r"Ran out of memory.*?(?=\. [A-Z]|\.?\n|$)", said)
+    return UserError(
+        f"the step {named(helps)} does not fit into the {HBM[chip]} GiB of a {chip} chip. The compiler says: "
+        f"{sentence[0] if sentence else said}. Rematerialise more (model.remat='full'), work through the batch in "
+        "parts (accumulation=2), or spread the parameters over more chips (mesh.fsdp, mesh.tensor)."
+    )
+
+
+def named(helps: Sequence[str]) -> str:
+    return f"with {', '.join(sorted(helps))}" if helps else "alone"

@@ -1,0 +1,64 @@
+"""A recipe's step as it is given to the compiler: its helpers' model, its plan, its program before any pass."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from lmboost import config as configs
+from lmboost import optimizers, plan, sharding
+from lmboost.data import loader
+from lmboost.errors import UserError
+from lmboost.models import transformer
+from lmboost.models.model_config import ModelConfig
+from lmboost.models.presets import preset
+from lmboost.objective import terms
+from lmboost.train_step import init_state, jit_train_step
+
+
+def teacher_of(c: ConfigDict, recipe: str, named: str = "") -> ModelConfig | None:
+    """The helpers' model: the preset that is named, or that of the recipe's variant "teacher"; None if none helps."""
+    if not any(span.helps for span in terms.spans(c.objective, c.steps)):
+        return None
+    if named:
+        return preset(named)
+    path, _, variant = recipe.partition(":")
+    words = [w for w in variant.split(",") if w.strip() == "tiny"]
+    try:
+        return ModelConfig(**configs.load_recipe(":".join([path, ",".join(["teacher", *words])])).model)
+    except UserError as error:
+        raise UserError(
+            f"--config={recipe} has help, but no variant 'teacher' that says by what: give --teacher=PRESET."
+        ) from error
+
+
+def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> plan.Plan:
+    """The plan of a run on TPUs, without data or checkpoints: no program depends on them. The teacher scores, too."""
+    plan.check_numbers(c, num_devices)
+    student, helper = plan.check_model(c, ModelConfig(**c.model), "model", "tpu"), None
+    if teacher:
+        model = dataclasses.replace(teacher, dtype=c.teacher.dtype, remat="none", attention="auto")
+        helper = plan.Helper(None, plan.check_model(c, model, "the teacher's model", "tpu"), {})
+    return plan.outline(c, student, helper, helper)
+
+
+def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span) -> Any:
+    """The lowered step of a span, on arguments laid out as those of a run are."""
+
+    def place(tree):
+        places = sharding.tree_sharding(tree, mesh)
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+
+    with jax.set_mesh(mesh):
+        params = jax.eval_shape(run.init_params)
+        tx, learning_rate = optimizers.make_optimizer(c.optimizer, run.steps, params)
+        state = place(jax.eval_shape(lambda params: init_state(params, tx), params))
+        helpers = {}
+        for name in terms.needed(span.helps):
+            like = jax.eval_shape(lambda: transformer.init(run.teacher.model, jax.random.key(0)))
+            helpers[name] = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.teacher.dtype), like))
+        _, rows = run.rows(span.first)
+        batch = sharding.batch_like(loader.batch_of([], 1, run.seq_len), rows, mesh)
+        return jit_train_step(run.program(span.helps), tx, learning_rate, state).lower(state, helpers, batch)
