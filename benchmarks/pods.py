@@ -3,7 +3,7 @@
     python benchmarks/pods.py [--only=salt_2p8b] [--only=v5e] [--keep=DIR] [--result=benchmarks/results/pods.md]
 
 Compiles every phase of every recipe for every pod, each recipe in a process of its own, on a machine without a TPU
-(lmboost/aot.py). --only takes the cases whose name contains all of the words that are given, and prints their rows
+(lmboost/aot). --only takes the cases whose name contains all of the words that are given, and prints their rows
 without writing the table. With --keep, numbers are kept in DIR, and what is there is not compiled again. The whole
 takes about half an hour on two CPU cores, and 4 GB of memory.
 """
@@ -38,7 +38,7 @@ is a whole torus the compiler does a scatter as an all-reduce of which each chip
 |---|---|---|---|---|---|{dashes}|---|
 {rows}
 
-Received in GiB. Problems counts what `lmboost/aot.py` looks for: tensors that the partitioner could only replicate
+Received in GiB. Problems counts what `lmboost/aot` looks for: tensors that the partitioner could only replicate
 ("involuntary full rematerialization"), and collectives that move logits of more than a block of tokens or the matrices
 of all layers unsharded, or that add up gradients in less than float32.
 """

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import runpy
+import sys
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -312,3 +314,27 @@ def test_differences_takes_a_field_that_there_was_not_for_its_default():
 def test_flatten_names_every_leaf_once():
     flat = config.flatten(config.base())
     assert flat["teacher.path"] == "" and flat["objective.align.scale"] == "ratio" and "objective" not in flat
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # imported by other tests before
+@pytest.mark.parametrize("verb", ["train", "search", "rounds", "aot"])
+@pytest.mark.parametrize(
+    ("argv", "status", "says"),
+    [
+        (["--config=x", "--help"], 0, "--traceback  "),
+        ([], 2, "error: --config is missing: give a recipe"),
+        (["--wrkdir=x"], 2, "error: unknown flag --wrkdir (did you mean 'workdir'?)."),
+        (["--wrkdir=x", "--traceback"], None, "unknown flag --wrkdir"),
+    ],
+    ids=["help", "nothing", "mistake", "traceback"],
+)
+def test_every_verb_with_a_recipe_ends_alike(monkeypatch, capsys, verb, argv, status, says):
+    monkeypatch.setattr(sys, "argv", [verb, *argv])
+    with pytest.raises((SystemExit, UserError)) as end:
+        runpy.run_module(f"lmboost.{verb}", run_name="__main__")
+    told = capsys.readouterr()
+    if status is None:
+        assert says in str(end.value) and not told.err
+    else:
+        assert (end.value.code or 0) == status and says in (told.err if status else told.out)
+        assert len(told.err.splitlines()) == (1 if status else 0)

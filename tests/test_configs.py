@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmboost import config
+from lmboost import config, rounds
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
@@ -91,18 +91,18 @@ def test_recipe_only_leaves_open_what_the_command_line_gives(path, variant):
 def test_docstring_shows_commands_that_parse(path, monkeypatch, tmp_path):
     monkeypatch.chdir(path.parents[1])
     text = module(path).__doc__.replace("\\\n", " ")
-    commands = re.findall(r"python -m lmboost\.(?:train|search) (.*)", text)
+    commands = re.findall(r"python -m lmboost\.(train|search|rounds) (.*)", text)
     assert commands
     searched, workdir = [], ""
-    for flags in map(str.split, commands):
+    for verb, flags in ((verb, flags.split()) for verb, flags in commands):
         if flags[0].endswith("/winner.py"):  # what the search before it wrote: its recipe, with another start
             assert flags[0] == f"--config={workdir}/winner.py"
             flags = [*searched, *flags[1:]]
         assert f"configs/{path.name}" in flags[0]
         searched = [flag for flag in flags if not flag.startswith("--workdir")]
-        c, workdir = config.load(flags)
-        assert c.data.train and workdir
-    assert c.teacher.path or c.init.path, "the last command is the helped run"
+        c, given = config.read(flags, rounds.Flags if verb == "rounds" else config.Flags)
+        assert c.data.train and (workdir := given.workdir)
+    assert c.teacher.path or c.init.path or verb == "rounds", "the last command is the helped run"
     assert all(re.search(rf"\b{v}\b", text) for v in module(path).VARIANTS), "every variant is described"
 
 

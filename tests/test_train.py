@@ -132,6 +132,18 @@ def test_a_finished_run_is_left_alone(plain, recipe, data, capsys):
     assert "is finished" in capsys.readouterr().out and content(plain[0]) == before
 
 
+def test_a_run_that_was_written_under_older_names_is_the_same(home, plain, recipe, data, capsys):
+    shutil.copytree(plain[0], home / "older")
+    manifest = json.loads((plain[0] / "manifest.json").read_text())
+    for name in ("teacher", "init", "resume"):
+        manifest["config"][name]["from"] = manifest["config"][name].pop("path")
+    (home / "older" / "manifest.json").write_text(json.dumps(manifest))
+    runs.run(recipe, home / "older", data)
+    assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds a run of another config .init.path: '' -> 'x'"):
+        runs.run(recipe, home / "older", data, "--config.init.from=x")
+
+
 @pytest.mark.parametrize("stop", [2, 5])
 def test_it_goes_on_bitwise_from_where_it_stopped(stop, tmp_path, recipe, data, teacher, helped, monkeypatch):
     """Steps after the last checkpoint are done again. Stopped while the teacher helps, and after it."""

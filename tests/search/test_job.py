@@ -19,7 +19,7 @@ from lmboost.config import load
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
-from lmboost.search import __main__, evolution, fitness, notation
+from lmboost.search import evolution, fitness, notation
 from lmboost.search import job as searches
 from lmboost.surgery import subnet, view
 from tests import hub, runs
@@ -190,6 +190,15 @@ def test_more_candidates_go_on_where_it_stopped(finished, parent, data, recipe, 
     assert lines.startswith((directory / "candidates.jsonl").read_text()) and lines.count("\n") == 48
 
 
+def test_a_search_that_was_written_under_older_names_goes_on(finished, parent, data, recipe, home):
+    directory, best = finished
+    shutil.copytree(directory, home / "older")
+    about = json.loads((home / "older" / "search.json").read_text())
+    about["config"]["init.from"] = about["config"].pop("init.path")
+    (home / "older" / "search.json").write_text(json.dumps(about))
+    assert run(parent, data, recipe, home / "older") == best
+
+
 def test_the_layers_of_a_hub_directory_are_searched(recipe, home, tmp_path):
     model = ModelConfig(
         vocab_size=hub.VOCAB, num_layers=3, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64,
@@ -231,8 +240,3 @@ def test_another_tokenizer_is_refused(parent, recipe, home, tmp_path):
     other = "--config.data.train=" + runs.write_data(tmp_path, seed=1, tokenizer="train:310")
     with pytest.raises(UserError, match="init.path: the model in .* was trained with another tokenizer"):
         run(parent, other, recipe, tmp_path / "search")
-
-
-def test_the_verb_without_arguments_says_how():
-    with pytest.raises(SystemExit):
-        __main__.main([])
