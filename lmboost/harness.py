@@ -267,8 +267,7 @@ class LanguageModel(TemplateLM):
             arrays["tokens"][i, : len(tokens)], arrays["lengths"][i] = tokens, len(tokens)
             arrays["targets"][i, : len(targets)], arrays["places"][i, : len(places)] = targets, places
         m = self._model
-        heads = {sizes.head_dim for sizes in m.sizes}
-        kernel = attention.resolve("auto", jax.default_backend(), length, heads, m.dtype)
+        kernel = attention.resolve("auto", jax.default_backend(), length, m.head_dims, m.dtype)
         model = dataclasses.replace(m, attention=kernel, remat="none")
         return _score(model, self._block_tokens, self.params, sharding.put_rows(arrays, self._mesh))
 

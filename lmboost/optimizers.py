@@ -16,8 +16,9 @@ from typing import Any
 import jax
 import optax
 
-from lmboost import errors, schedules
+from lmboost import errors, schedules, sharding
 from lmboost.errors import one_of
+from lmboost.models import axes
 
 NAMES = ("adamw", "adafactor", "muon", "lion")
 
@@ -77,36 +78,38 @@ def make_optimizer(config, steps: int, params_shapes: Any) -> tuple[optax.Gradie
 def decay_mask(params: Any, decay_embeddings: bool = True) -> Any:
     """A tree of booleans: which parameters are decayed. Matrices are, norms and biases are not.
 
-    Decided by name, as the number of axes says nothing about stacked and per-head parameters: a bias of
-    the queries is [L, H, N].
+    Decided by what their axes are, as the number of them says nothing about stacked and per-head parameters: a bias
+    of the queries is [L, H, N].
     """
-    kinds = {"scale": False, "bias": False, "embedding": decay_embeddings}
-    return jax.tree_util.tree_map_with_path(lambda path, _: kinds.get(_names(path)[-1], True), params)
+
+    def is_decayed(keys, _):
+        inputs, _ = axes.sides(sharding.path_name(keys))
+        return decay_embeddings if inputs in (("vocab",), ("positions",)) else bool(inputs)
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def _names(path) -> list[str]:
-    return [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+def _is_stacked(path: str) -> bool:
+    return "layers" in path.split("/")
 
 
-def _matrix_axes(path) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _matrix_axes(path: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(input axes, output axes) of a layer's kernel as a matrix, counted from the last; None for other parameters.
 
     Projections to heads [D, H, N] are D x (H N), the one back [H, N, D] is (H N) x D.
     """
-    names = _names(path)
-    if "layers" not in names or names[-1] != "kernel":
+    inputs, outputs = map(len, axes.sides(path))
+    if not _is_stacked(path) or not inputs:
         return None
-    return {"q": ((-3,), (-2, -1)), "k": ((-3,), (-2, -1)), "v": ((-3,), (-2, -1)), "o": ((-3, -2), (-1,))}.get(
-        names[-2], ((-2,), (-1,))
-    )
+    return tuple(range(-inputs - outputs, -outputs)), tuple(range(-outputs, 0))
 
 
 def _muon(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
     def dimension_numbers(params):
         # Axes that are neither input nor output, here the stacked layers, are a batch of matrices to optax.
-        def leaf(path, _):
-            axes = _matrix_axes(path)
-            return axes and optax.contrib.MuonDimensionNumbers(*axes)
+        def leaf(keys, _):
+            sides = _matrix_axes(sharding.path_name(keys))
+            return sides and optax.contrib.MuonDimensionNumbers(*sides)
 
         return jax.tree_util.tree_map_with_path(leaf, params)
 
@@ -130,8 +133,8 @@ def _adafactor(params_shapes: Any) -> optax.GradientTransformation:
         optax.scale_by_param_block_rms(),
     )
 
-    def label(path, x):  # stacks of unequal depth are mapped over one by one
-        return f"layers{x.shape[0]}" if "layers" in _names(path) else "rest"
+    def label(keys, x):  # stacks of unequal depth are mapped over one by one
+        return f"layers{x.shape[0]}" if _is_stacked(sharding.path_name(keys)) else "rest"
 
     labels = jax.tree_util.tree_map_with_path(label, params_shapes)
     kinds = set(jax.tree.leaves(labels))
@@ -153,8 +156,9 @@ def _as_matrices(inner: optax.GradientTransformation) -> optax.GradientTransform
     """
 
     def flat(tree):
-        def leaf(path, x):
-            shape = [math.prod(x.shape[a] for a in part) for part in _matrix_axes(path) or ()]
+        def leaf(keys, x):
+            sides = _matrix_axes(sharding.path_name(keys)) or ()
+            shape = [math.prod(x.shape[axis] for axis in side) for side in sides]
             return x.reshape(shape) if shape and min(shape) >= MIN_FACTORED else x
 
         return jax.tree_util.tree_map_with_path(leaf, tree)

@@ -1,11 +1,12 @@
 """Mesh and sharding: the only file that names mesh axes.
 
 Arrays carry logical axis names; RULES maps them to the mesh axes ("data", "fsdp", "tensor"). Rows of
-the batch are spread over data and fsdp; parameters over fsdp (their model-width axis) and tensor (heads,
-MLP width, vocabulary).
+the batch are spread over data and fsdp; parameters, whose axes `models/axes.py` names, over fsdp (their model-width
+axis) and tensor (heads, MLP width, vocabulary).
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,38 +17,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lmboost.errors import UserError
+from lmboost.models import axes as parameter_axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
+# The mesh axes over which a logical axis is spread; None is whole on every device.
 RULES = {
-    "batch": ("data", "fsdp"),
-    "length": None,
-    "act_embed": None,
-    "embed": "fsdp",
+    "batch": ("data", "fsdp"),  # rows
+    "length": None,  # tokens of a row
+    "act_embed": None,  # features of the residual stream, in activations
+    "embed": "fsdp",  # the same in parameters
     "vocab": "tensor",
-    "heads": "tensor",
+    "heads": "tensor",  # of queries
     "kv_heads": "tensor",
-    "mlp": "tensor",
-}
-
-# Logical axes of a parameter by the end of its path; stacked layers have one more axis in front.
-PARAM_AXES = {
-    "embed/embedding": ("vocab", "embed"),
-    "position_embed/embedding": (None, "embed"),
-    "head": ("embed", "vocab"),
-    "q/kernel": ("embed", "heads", None),
-    "k/kernel": ("embed", "kv_heads", None),
-    "v/kernel": ("embed", "kv_heads", None),
-    "q/bias": ("heads", None),
-    "k/bias": ("kv_heads", None),
-    "v/bias": ("kv_heads", None),
-    "o/kernel": ("heads", None, "embed"),
-    "up/kernel": ("embed", "mlp"),
-    "gate/kernel": ("embed", "mlp"),
-    "down/kernel": ("mlp", "embed"),
-    "up/bias": ("mlp",),
-    "gate/bias": ("mlp",),
-}
+    "mlp": "tensor",  # units
+} | dict.fromkeys(("features", "heads*features", "kv_heads*features", "positions", "state", "teacher_state"))
 
 
 def mesh_sizes(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int, int, int]:
@@ -93,8 +77,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
 def batch_shards(mesh: Mesh | None = None) -> int:
     """Into how many parts the rows of a batch are spread, on `mesh` or on the mesh in use (1 without one)."""
-    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
-    return int(np.prod([mesh.shape.get(axis, 1) for axis in RULES["batch"]]))
+    return shards("batch", mesh)
 
 
 def spec(axes: Sequence[str | None]) -> P:
@@ -103,7 +86,11 @@ def spec(axes: Sequence[str | None]) -> P:
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
-    """Tells the compiler how to lay out an activation; without a mesh in use, nothing."""
+    """Tells the compiler how to lay out an activation; without a mesh in use, nothing.
+
+    axes: for each axis of x a name out of RULES, or None for one that is whole on every device. So is an axis whose
+      size the devices do not divide.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
@@ -130,49 +117,45 @@ def per_device(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: 
 
 def shards(axis: str, mesh: Mesh | None = None) -> int:
     """Into how many parts `mesh`, or the mesh in use, splits a logical axis that it divides (1 without a mesh)."""
-    mesh, rule = jax.sharding.get_abstract_mesh() if mesh is None else mesh, RULES[axis]
-    names = (rule,) if isinstance(rule, str) else rule or ()
-    return int(np.prod([mesh.shape.get(n, 1) for n in names], dtype=int))
+    mesh, rule = jax.sharding.get_abstract_mesh() if mesh is None else mesh, RULES[axis] or ()
+    return math.prod(mesh.shape.get(name, 1) for name in ((rule,) if isinstance(rule, str) else rule))
 
 
 def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh) -> P:
     """As `spec`, but an axis whose size the mesh axes do not divide stays whole."""
-    parts = []
-    for name, size in zip(axes, shape, strict=True):
-        rule = RULES[name] if name else None
-        names = (rule,) if isinstance(rule, str) else rule or ()
-        divides = size % int(np.prod([mesh.shape[n] for n in names])) == 0
-        parts.append(rule if divides else None)
-    return P(*parts)
+    return spec([a if a and size % shards(a, mesh) == 0 else None for a, size in zip(axes, shape, strict=True)])
 
 
-def path_name(keys) -> str:
+def path_name(keys: Sequence[Any]) -> str:
+    """The path of a leaf, as jax.tree_util gives it, with "/" between: "model/layers/attn/q/kernel"."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
-
-
-def _param_axes(path: str, ndim: int) -> tuple[str | None, ...]:
-    for end, axes in PARAM_AXES.items():
-        if path == end or path.endswith("/" + end):
-            return (None,) * (ndim - len(axes)) + axes if ndim >= len(axes) else (None,) * ndim
-    return (None,) * ndim
 
 
 def tree_sharding(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for parameters, or for any state that mirrors them (optimizer moments).
 
-    A leaf is laid out by the end of its path. Leaves that do not follow a parameter's shape (factored
-    statistics, counters) fall back to what divides, or to a copy on every device.
+    Entries of dicts are parameters or what mirrors them, and are laid out by their names; a KeyError on a name that
+    `models/axes.py` does not know. Those of fewer axes than their parameter has (factored statistics), and the fields
+    of a state (counters), are whole on every device, and so are norms and biases of the model's width.
     """
 
     def leaf(keys, x):
-        return NamedSharding(mesh, _fit(_param_axes(path_name(keys), x.ndim), x.shape, mesh))
+        is_named = bool(keys) and isinstance(keys[-1], jax.tree_util.DictKey)
+        axes = parameter_axes.of(path_name(keys)) if is_named else ()
+        axes = axes if x.ndim >= len(axes) and axes != ("embed",) else ()
+        return NamedSharding(mesh, _fit((None,) * (x.ndim - len(axes)) + axes, x.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over data and fsdp, tokens whole."""
-    return NamedSharding(mesh, spec(("batch", "length")))
+def row_axes(ndim: int) -> tuple[str | None, ...]:
+    """The logical axes of rows [B], [B, T] or [B, T, ...] of a batch."""
+    return ("batch", "length", *[None] * ndim)[:ndim]
+
+
+def batch_sharding(mesh: Mesh, ndim: int = 2) -> NamedSharding:
+    """Rows of `ndim` axes over data and fsdp, all else whole."""
+    return NamedSharding(mesh, spec(row_axes(ndim)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -193,7 +176,7 @@ def host_share(mesh: Mesh) -> tuple[tuple[int, ...], int]:
 
 
 def put_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows, those of `host_share` in ascending order, as its part of the global batch."""
+    """This process's rows [B, ...], those of `host_share` in ascending order, as its part of the global batch."""
     shards, count = host_share(mesh)
 
     def put(x):
@@ -203,7 +186,7 @@ def put_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
             place = shards.index((index[0].start or 0) // rows)
             return x[place * rows : (place + 1) * rows]
 
-        return jax.make_array_from_callback((rows * count, *x.shape[1:]), batch_sharding(mesh), part)
+        return jax.make_array_from_callback((rows * count, *x.shape[1:]), batch_sharding(mesh, x.ndim), part)
 
     return {name: put(x) for name, x in local.items()}
 
@@ -217,6 +200,6 @@ def batch_like(batch: dict[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str,
 def put_rows(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Rows [B, ...] that every process has in full, as a global batch; B is a multiple of `batch_shards`."""
     return {
-        name: jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index, x=x: x[index])
+        name: jax.make_array_from_callback(x.shape, batch_sharding(mesh, x.ndim), lambda index, x=x: x[index])
         for name, x in rows.items()
     }

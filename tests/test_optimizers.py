@@ -115,7 +115,7 @@ def test_adafactor_on_a_stack_is_adafactor_on_each_layer():
 def test_adafactor_factors_every_projection():
     tx, _ = optimizers.make_optimizer(optimizer(name="adafactor"), 10, params(WIDE))
     state = jax.eval_shape(tx.init, params(WIDE))
-    sizes = {sharding_path(k): x.size for k, x in jax.tree_util.tree_leaves_with_path(state)}
+    sizes = {sharding.path_name(k): x.size for k, x in jax.tree_util.tree_leaves_with_path(state)}
     for name, (rows, columns) in {
         "attn/q": (128, 256),
         "attn/k": (128, 128),
@@ -124,10 +124,6 @@ def test_adafactor_factors_every_projection():
     }.items():
         statistics = sum(n for path, n in sizes.items() if path.endswith(f"layers/{name}/kernel"))
         assert statistics == 2 * (rows + columns + 1), name  # two layers; the 1 stands for the moment that is not kept
-
-
-def sharding_path(keys):
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in keys)
 
 
 def test_muon_on_a_stack_is_muon_on_each_layer():
@@ -141,7 +137,7 @@ def test_muon_on_a_stack_is_muon_on_each_layer():
             layer: {
                 "/".join(path): x.reshape((16, 8) if "o" in path else (8, -1) if path[0] == "attn" else x.shape)
                 for path, x in (
-                    (sharding_path(k).split("/"), x) for k, x in jax.tree_util.tree_leaves_with_path(v["layers"])
+                    (sharding.path_name(k).split("/"), x) for k, x in jax.tree_util.tree_leaves_with_path(v["layers"])
                 )
                 if path[-1] == "kernel"
             }
@@ -154,7 +150,7 @@ def test_muon_on_a_stack_is_muon_on_each_layer():
 
     def others(tree):
         tree = unstacked(tree)
-        drop = lambda k, x: None if sharding_path(k).endswith("kernel") else x  # noqa: E731
+        drop = lambda k, x: None if sharding.path_name(k).endswith("kernel") else x  # noqa: E731
         return jax.tree_util.tree_map_with_path(drop, tree)
 
     adam = optax.chain(
@@ -194,7 +190,7 @@ def test_decay_shrinks_matrices_by_the_learning_rate_and_nothing_else(name, embe
     after = train(tx, params(), [zero])
     for path, x in jax.tree_util.tree_leaves_with_path(after):
         before = functools.reduce(lambda tree, k: tree[k.key], path, params())
-        path = sharding_path(path)
+        path = sharding.path_name(path)
         decayed = path.endswith(("kernel", "head", "align/2")) or (embeddings and path.endswith("embedding"))
         np.testing.assert_allclose(x, before * (1 - rate(0) * 0.5 * decayed), rtol=1e-6, err_msg=path)
 
@@ -204,17 +200,17 @@ def test_decay_shrinks_matrices_by_the_learning_rate_and_nothing_else(name, embe
 def test_moments_lie_under_the_paths_of_their_parameters_and_are_sharded_like_them(name, config):
     tx, _ = optimizers.make_optimizer(optimizer(name=name), 10, params(config))
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    paths = {sharding_path(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(params(config))}
+    paths = {sharding.path_name(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(params(config))}
     specs = {
-        sharding_path(k): s.spec
+        sharding.path_name(k): s.spec
         for k, s in jax.tree_util.tree_leaves_with_path(sharding.tree_sharding(params(config), mesh))
     }
     state = jax.eval_shape(tx.init, params(config))
     layout = jax.tree.leaves(sharding.tree_sharding(state, mesh))
     mirrored = set()
     for (keys, x), s in zip(jax.tree_util.tree_leaves_with_path(state), layout, strict=True):
-        owner = next((p for p in paths if sharding_path(keys).endswith("/" + p)), None)
-        assert owner or x.size <= 3, sharding_path(keys)  # counters, Newton-Schulz coefficients
+        owner = next((p for p in paths if sharding.path_name(keys).endswith("/" + p)), None)
+        assert owner or x.size <= 3, sharding.path_name(keys)  # counters, Newton-Schulz coefficients
         if owner and x.shape == paths[owner]:
             assert s.spec == specs[owner]
             mirrored.add(owner)
@@ -238,7 +234,11 @@ def test_a_sharded_update_is_the_update(name):
 
 
 def test_stacks_of_unequal_depth_are_handled_one_by_one():
-    tree = {"model": {"early": {"layers": {"w": jnp.ones((2, 3))}}, "late": {"layers": {"w": jnp.ones((4, 5))}}}}
+    stacks = {
+        "0": {"mlp": {"up": {"kernel": jnp.ones((2, 3, 6))}}},
+        "1": {"mlp": {"up": {"kernel": jnp.ones((4, 3, 5))}}},
+    }
+    tree = {"model": {"layers": stacks}}
     tx, _ = optimizers.make_optimizer(optimizer(name="adafactor"), 10, tree)
     after = train(tx, tree, [tree])
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, tree)

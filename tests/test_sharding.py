@@ -1,9 +1,11 @@
 """The mesh, and how parameters and states that mirror them are laid out on it."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -111,6 +113,21 @@ def test_factored_statistics_fall_back():
     state = jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=8).init, shapes())
     for s, x in zip(jax.tree.leaves(sharding.tree_sharding(state, mesh)), jax.tree.leaves(state), strict=True):
         s.shard_shape(x.shape)  # raises where the layout does not divide
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 3), (8, 3, 5)])
+def test_rows_of_any_rank_are_spread_by_their_first_axis(shape):
+    mesh = sharding.make_mesh(2, 2, 2)
+    x = np.arange(math.prod(shape)).reshape(shape)
+    for put in (sharding.put_batch, sharding.put_rows):
+        there = put({"x": x}, mesh)["x"]
+        assert there.sharding == sharding.batch_sharding(mesh, x.ndim)
+        assert there.sharding.shard_shape(shape) == (2, *shape[1:])
+        np.testing.assert_array_equal(there, x)
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: sharding.constrain(x, sharding.row_axes(x.ndim)))(x)
+        z = jax.jit(lambda x: sharding.constrain(x, (None, *sharding.row_axes(x.ndim - 1))))(np.stack([x, x]))
+    assert y.sharding.shard_shape(y.shape) == (2, *shape[1:]) and z.sharding.shard_shape(z.shape) == (2, 2, *shape[1:])
 
 
 def test_constrain_without_a_mesh_does_nothing():

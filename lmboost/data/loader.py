@@ -139,6 +139,7 @@ class Windows:
                 f"seq_len={seq_len} does not divide the {record_tokens} tokens of a record of {directory}: "
                 f"choose a divisor, or prepare the data with another --record_tokens."
             )
+        self.split, self.fingerprint = split, manifest["fingerprint"]
         shards = manifest["shards"][split]
         for shard in shards:
             path = os.path.join(directory, shard.file)
@@ -151,6 +152,11 @@ class Windows:
         self._rows_per_record = record_tokens // seq_len
         self._row_ends = np.cumsum([-(-shard.positions // seq_len) for shard in shards])
         self._record_ends = np.cumsum([shard.records for shard in shards])
+        if len(self) > _MAX_ROWS:
+            raise UserError(
+                f"{directory} has {len(self)} rows of seq_len={seq_len}, more than {_MAX_ROWS}: choose a longer "
+                f"seq_len, or prepare it as several data sets and mix them."
+            )
         self._source = array_record_data_source.ArrayRecordDataSource(
             [_FileInstruction(file, 0, s.records, s.records) for file, s in zip(self._files, shards, strict=True)]
         )
@@ -210,28 +216,21 @@ def batch_of(windows: Sequence[tuple[np.ndarray, np.ndarray, int]], batch_size: 
     }
 
 
-def make_rows(spec: str, split: str, seq_len: int, seed: int | None) -> grain.MapDataset:
+def make_rows(sources: Sequence[Windows], weights: Sequence[float], seed: int | None) -> grain.MapDataset:
     """Windows by global row number.
 
     With a seed: endless, shuffled anew each epoch of each data set, mixed by weight (grain rounds the shares to one
     part in a hundred of the smallest). Without: each row at most once, in stored order, mixed by weight.
     """
-    facts = info(spec, split)
     parts = []
-    for directory in facts.directories:
-        source = Windows(directory, split, seq_len)
-        if len(source) > _MAX_ROWS:
-            raise UserError(
-                f"{directory} has {len(source)} rows of seq_len={seq_len}, more than {_MAX_ROWS}: choose a longer "
-                f"seq_len, or prepare it as several data sets and mix them."
-            )
+    for source in sources:
         rows = grain.MapDataset.source(source)
         if seed is not None:
-            name = json.dumps([records.read_manifest(directory)["fingerprint"], split, seed])
+            name = json.dumps([source.fingerprint, source.split, seed])
             # Hashed, because grain adds the epoch to the seed: neighbouring seeds would share permutations.
             rows = rows.shuffle(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])).repeat()
         parts.append(rows)
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, facts.weights)
+    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,13 +295,9 @@ class Loader:
         self.seq_len = seq_len
         self._shards = (tuple(shards), shard_count)
         self._workers, self._threads = workers, threads
-        self.rows = make_rows(spec, split, seq_len, seed)
-        self.rows_in_order = make_rows(spec, split, seq_len, None)
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """Rows after which a data set begins anew (of a mixture: the first of its data sets to do so)."""
-        return len(self.rows_in_order)
+        sources = [Windows(directory, split, seq_len) for directory in self.info.directories]
+        self.rows = make_rows(sources, self.info.weights, seed)
+        self.rows_in_order = make_rows(sources, self.info.weights, None)
 
     def row(self, i: int) -> Batch:
         """The training row with global number i, as a batch of one."""

@@ -2,9 +2,9 @@
 
 import bisect
 import dataclasses
-import re
 from collections.abc import Sequence
 
+from lmboost import ranges
 from lmboost.errors import UserError
 
 
@@ -36,18 +36,18 @@ class Rows:
         """The row after the last one that the steps before `step` took. A jump at `step` is still ahead."""
         return self._plain(step) + self._left_out(bisect.bisect_left(self.jumps, step, key=_step))
 
-    def without(self, ranges: Sequence[tuple[int, int]], steps: int) -> "Rows":
+    def without(self, skipped: Sequence[tuple[int, int]], steps: int) -> "Rows":
         """Leaves out the rows that the steps of the ranges would take where none are; what comes after moves up.
 
         A step whose rows would touch one that is left out begins behind the range. As steps that select take more
         rows than others, it may so leave out a few rows before the range, too.
 
         Args:
-          ranges: (first, last) steps as metrics.jsonl counts them, from 1; ascending, apart from one another.
+          skipped: (first, last) steps as metrics.jsonl counts them, from 1; ascending, apart from one another.
           steps: of the whole run.
         """
         jumps, left_out, step = [], 0, 0
-        for first, last in ranges:
+        for first, last in skipped:
             begin, end = self._plain(first - 1), self._plain(last)
             # The first step from here on that would take a row after `begin`.
             reaches = lambda s, left_out=left_out: self._plain(s + 1) + left_out  # noqa: E731
@@ -84,23 +84,18 @@ def parse_ranges(text: str, steps: int, field: str = "data.skip") -> tuple[tuple
 
     Raises a UserError where they are not ascending ranges of the steps 1 to `steps`.
     """
-    ranges: list[tuple[int, int]] = []
-    for word in text.split(",") if text.strip() else ():
-        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", word.strip())
-        if not match:
-            raise UserError(
-                f"{field}={text!r}: {word!r} is neither a step nor a range of them. Give steps as in '1200-1399,2000'."
-            )
-        first, last = int(match[1]), int(match[2] or match[1])
+    wrong = "is neither a step nor a range of them. Give steps as in '1200-1399,2000'."
+    found: list[tuple[int, int]] = []
+    for word, first, last in ranges.parse(text, f"{field}={text!r}", wrong) if text.strip() else ():
         if not 1 <= first <= last <= steps:
             raise UserError(
                 f"{field}={text!r}: {word!r} is not a range of steps, which are 1 to {steps}. Give them as "
                 "metrics.jsonl numbers them, the first one before the last one."
             )
-        if ranges and first <= ranges[-1][1]:
+        if found and first <= found[-1][1]:
             raise UserError(
-                f"{field}={text!r}: {word!r} does not come after {'-'.join(map(str, ranges[-1]))}. Give every step "
+                f"{field}={text!r}: {word!r} does not come after {'-'.join(map(str, found[-1]))}. Give every step "
                 "once, in ascending order."
             )
-        ranges.append((first, last))
-    return tuple(ranges)
+        found.append((first, last))
+    return tuple(found)

@@ -102,6 +102,11 @@ class ModelConfig:
             return (LayerSizes(*(getattr(self, name) for name in LayerSizes._fields)),) * self.num_layers
         return parse_sizes(self.layer_sizes)
 
+    @property
+    def head_dims(self) -> set[int]:
+        """The sizes that heads have, of all layers."""
+        return {sizes.head_dim for sizes in self.sizes}
+
     def with_sizes(self, sizes: Sequence[LayerSizes]) -> "ModelConfig":
         """The same model with layers of these sizes; `layer_sizes` is empty where all are equal."""
         largest = LayerSizes(*map(max, zip(*sizes, strict=True)))

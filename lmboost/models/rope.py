@@ -3,16 +3,13 @@
 Shape suffixes: B batch, T tokens, H heads, N head size.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-    from lmboost.models.model_config import ModelConfig
+from lmboost.models.model_config import ModelConfig
 
 
-def apply(x_BxTxHxN: jax.Array, positions: jax.Array, config: "ModelConfig") -> jax.Array:
+def apply(x_BxTxHxN: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
     """Rotary embedding in the half-split layout (GPT-NeoX, Llama), on the first `rotary_dim` features.
 
     Source: RoFormer (arXiv 2104.09864); the optional scaling of low frequencies is Llama 3.1's.
@@ -26,7 +23,7 @@ def apply(x_BxTxHxN: jax.Array, positions: jax.Array, config: "ModelConfig") -> 
     return jnp.concatenate([turned.astype(x_BxTxHxN.dtype), kept], axis=-1)
 
 
-def frequencies(config: "ModelConfig") -> jax.Array:
+def frequencies(config: ModelConfig) -> jax.Array:
     """Radians per position, float32 [rotary_dim / 2]."""
     dim = config.rotary_dim
     freq = config.rope_theta ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)

@@ -62,11 +62,9 @@ class Attention(nn.Module):
         def project(name, heads):
             return Dense((heads, c.head_dim), c.qkv_bias, c.dtype, _normal(c), name=name)(x_BxTxD)
 
-        q_BxTxHxN, k_BxTxKxN, v_BxTxKxN = (
-            project("q", c.num_heads),
-            project("k", c.num_kv_heads),
-            project("v", c.num_kv_heads),
-        )
+        q_BxTxHxN = project("q", c.num_heads)
+        k_BxTxKxN = project("k", c.num_kv_heads)
+        v_BxTxKxN = project("v", c.num_kv_heads)
         if c.qk_norm != "none":
             q_BxTxHxN, k_BxTxKxN = self._normalise(q_BxTxHxN, "q_norm"), self._normalise(k_BxTxKxN, "k_norm")
         if c.position == "rope":
@@ -299,7 +297,10 @@ def init(config: ModelConfig, rng: jax.Array) -> Mapping[str, Any]:
 
 
 def apply(config: ModelConfig, params, tokens, segment_ids, positions, capture=(), taps=None):
-    """`Transformer.__call__` on a parameter tree."""
+    """`Transformer.__call__` on a parameter tree: tokens, segment_ids and positions are int32 [B, T].
+
+    Returns (h_BxTxD after the final norm, {state of `capture`: [B, T, D] before it}), in the compute dtype.
+    """
     return Transformer(config).apply(
         {"params": params}, tokens, segment_ids, positions, capture=tuple(capture), taps=taps
     )

@@ -87,4 +87,4 @@ def _split_blocks(x: jax.Array, shards: int, blocks: int) -> jax.Array:
 def _join_blocks(x: jax.Array, shape) -> jax.Array:
     """Undoes _split_blocks."""
     x = jnp.moveaxis(x, 0, 2).reshape(shape)
-    return sharding.constrain(x, ("batch", "length") + (None,) * (len(shape) - 2))
+    return sharding.constrain(x, sharding.row_axes(x.ndim))

@@ -4,6 +4,7 @@ A search is asked for a generation of candidates and told their losses. What it 
 generation and the losses told so far, so a search that was cut off goes on after it has been told the same again.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -17,15 +18,32 @@ MISSES = 8  # candidates in a row that were asked before, after which one is dra
 TRIES = 16  # draws for each candidate of a generation, before it is left with fewer
 
 
+@dataclasses.dataclass(kw_only=True, eq=False)
 class RandomSearch:
-    """Candidates drawn at random, none twice."""
+    """Candidates drawn at random, none twice. A UserError names the config's field where a number is not possible."""
 
-    def __init__(self, space: Space, *, seed: int, population: int, elites: int):
-        """Args:
-        population: candidates of a generation.
-        elites: how many of the best are kept.
-        """
-        self.space, self.seed, self.population, self.elites = space, seed, population, elites
+    space: Space
+    seed: int
+    population: int  # candidates of a generation
+    elites: int  # how many of the best are kept; they are the parents of an evolution, which has the rest, too
+    mutation: float  # rate at which parts of a child are changed; at least one is
+    crossover: float  # share of a generation that has two parents
+    fresh: float  # share that is drawn at random
+
+    def __post_init__(self):
+        for name in ("population", "elites"):
+            if getattr(self, name) < 1:
+                raise UserError(f"search.{name}={getattr(self, name)} must be at least 1.")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be at least 0.")
+        for name in ("mutation", "crossover", "fresh"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"search.{name}={getattr(self, name)} must be from 0 to 1.")
+        if self.crossover + self.fresh > 1:
+            raise UserError(
+                f"search.crossover={self.crossover} and search.fresh={self.fresh} are shares of a generation, but make "
+                f"{self.crossover + self.fresh:g} of it: together they must be at most 1."
+            )
         self.generation = 0
         self._asked: set[int] = set()  # hashes: a cut of a large model is large
         self._best: list[tuple[float, int, Cut]] = []  # (loss, number of the candidate, cut), the best first
@@ -77,34 +95,13 @@ class RandomSearch:
 class Evolution(RandomSearch):
     """Children of the best candidates so far, after a first generation at random."""
 
-    def __init__(
-        self,
-        space: Space,
-        *,
-        seed: int,
-        population: int,
-        elites: int,
-        mutation: float,
-        crossover: float,
-        fresh: float,
-    ):
-        """Args:
-        population: candidates of a generation.
-        elites: the best of all so far, which are the parents.
-        mutation: rate at which parts of a child are changed; at least one is.
-        crossover: share of a generation that has two parents.
-        fresh: share that is drawn at random.
-        """
-        super().__init__(space, seed=seed, population=population, elites=elites)
-        self.mutation = mutation
-        self._fresh = round(fresh * population)
-        self._crossed = min(round(crossover * population), population - self._fresh)
-
     def _draw(self, rng: np.random.Generator, index: int) -> Cut:
-        if not self._best or index < self._fresh:
+        fresh = round(self.fresh * self.population)
+        crossed = min(round(self.crossover * self.population), self.population - fresh)
+        if not self._best or index < fresh:
             return self.space.sample(rng)
         cut = self._parent(rng)
-        if index < self._fresh + self._crossed:
+        if index < fresh + crossed:
             cut = self.space.crossover(rng, cut, self._parent(rng))
         return self.space.mutate(rng, cut, self.mutation)
 
@@ -116,41 +113,6 @@ class Evolution(RandomSearch):
 METHODS = {"evolution": Evolution, "random": RandomSearch}
 
 
-def make(
-    method: str,
-    space: Space,
-    *,
-    seed: int,
-    population: int,
-    elites: int,
-    mutation: float,
-    crossover: float,
-    fresh: float,
-) -> RandomSearch:
-    """The search that a config's `search` asks for; a UserError that names the field where a number is not possible."""
-    one_of("search.method", method, METHODS)
-    for name, number in (("search.population", population), ("search.elites", elites)):
-        if number < 1:
-            raise UserError(f"{name}={number} must be at least 1.")
-    if seed < 0:
-        raise UserError(f"seed={seed} must be at least 0.")
-    shares = {"search.mutation": mutation, "search.crossover": crossover, "search.fresh": fresh}
-    for name, share in shares.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}={share} must be from 0 to 1.")
-    if crossover + fresh > 1:
-        raise UserError(
-            f"search.crossover={crossover} and search.fresh={fresh} are shares of a generation, but make "
-            f"{crossover + fresh:g} of it: together they must be at most 1."
-        )
-    if method == "random":
-        return RandomSearch(space, seed=seed, population=population, elites=elites)
-    return Evolution(
-        space,
-        seed=seed,
-        population=population,
-        elites=elites,
-        mutation=mutation,
-        crossover=crossover,
-        fresh=fresh,
-    )
+def make(method: str, space: Space, **numbers: float) -> RandomSearch:
+    """The search that a config's `search` asks for; numbers: the fields of a `RandomSearch`."""
+    return METHODS[one_of("search.method", method, METHODS)](space=space, **numbers)

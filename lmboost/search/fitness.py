@@ -99,7 +99,7 @@ def put_rows(batches: Sequence[Mapping[str, np.ndarray]], mesh: jax.sharding.Mes
     """What `read_rows` gives as stacked batches [n, B, T] on the mesh in use."""
 
     def stack(*xs):
-        return sharding.constrain(jnp.stack(xs), (None, "batch", "length"))
+        return sharding.constrain(jnp.stack(xs), (None, *sharding.row_axes(xs[0].ndim)))
 
     put = [sharding.put_batch(batch, mesh) for batch in batches]
     return jax.jit(lambda batches: jax.tree.map(stack, *batches))(put)

@@ -132,7 +132,7 @@ def _run(
         method.tell(asked, losses)
         done, generation = done + len(asked), generation + 1
         cut, loss = method.best
-        model = cuts.config(cut)
+        model = subnet.child_config(cuts.parent, cut)
         say(
             f"generation {generation}: {done} candidates, the best {loss:.4f} ({model.num_params():,} parameters, "
             f"{model.num_layers} layers of width {model.d_model})"

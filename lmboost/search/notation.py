@@ -9,12 +9,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from lmboost import ranges
 from lmboost.errors import UserError, one_of
 from lmboost.models.model_config import ModelConfig
-from lmboost.surgery.inherit import ranges
 from lmboost.surgery.subnet import Cut, LayerCut
 
 _COUNT = r"([0-9]{1,12}(?:\.[0-9]{1,12})?)([KMB]?)"
+LARGEST = 999_999  # entry of a dimension
 _SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -97,11 +98,11 @@ def _check_rotation(head_dims: tuple[int, ...], parent: ModelConfig, text: str) 
         return divides and n - rotated[n] <= rest
 
     if wrong := [n for n in head_dims if not is_good(n)]:
-        n = wrong[0]
+        n, good = wrong[0], ranges.write([k for k in rotated if is_good(k)])
         raise UserError(
             f"search.head_dim={text!r}: of a head of {n}, {rotated[n]} features are rotated and {n - rotated[n]} not; "
             f"of the largest, {head_dims[-1]}, {largest} and {rest}. The rotated ones must be a divisor of the "
-            f"largest's, the others not more than its. Give sizes out of {ranges([k for k in rotated if is_good(k)])}."
+            f"largest's, the others not more than its. Give sizes out of {good}."
         )
 
 
@@ -110,14 +111,14 @@ def to_json(cut: Cut) -> dict[str, Any]:
     layers = [
         {
             "layer": part.layer,
-            "groups": ranges(part.groups),
-            "heads": ";".join(map(ranges, part.heads)),
-            "features": ranges(part.features),
-            "units": ranges(part.units),
+            "groups": ranges.write(part.groups),
+            "heads": ";".join(map(ranges.write, part.heads)),
+            "features": ranges.write(part.features),
+            "units": ranges.write(part.units),
         }
         for part in cut.layers
     ]
-    return {"width": ranges(cut.width), "layers": layers}
+    return {"width": ranges.write(cut.width), "layers": layers}
 
 
 def from_json(value: Mapping[str, Any]) -> Cut:
@@ -144,12 +145,11 @@ def _text(part: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _entries(text: str, where: str) -> tuple[int, ...]:
-    """The reverse of `ranges`."""
+    """The reverse of `ranges.write`."""
     entries: list[int] = []
-    for word in text.split(","):
-        match = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", word)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if last < first or (entries and first <= entries[-1]):
-            raise UserError(f"{where}={text!r} of a cut: {word!r} is no entry or range after those before it.")
+    where, wrong = f"{where}={text!r} of a cut", "is no entry or range after those before it."
+    for word, first, last in ranges.parse(text, where, wrong):
+        if last < first or (entries and first <= entries[-1]) or last > LARGEST:
+            raise UserError(f"{where}: {word!r} {wrong}")
         entries += range(first, last + 1)
     return tuple(entries)

@@ -18,10 +18,7 @@ from ml_collections import ConfigDict
 
 from lmboost.models.model_config import LayerSizes, ModelConfig
 from lmboost.search import reach
-from lmboost.search.notation import from_json as from_json
-from lmboost.search.notation import parse_choices as parse_choices
 from lmboost.search.notation import parse_params, read_choices
-from lmboost.search.notation import to_json as to_json
 from lmboost.surgery.subnet import Cut, LayerCut
 
 ROW = ("num_kv_heads", "group_heads", "head_dim", "mlp_dim")  # a layer's sizes, in the order of a draft's rows
@@ -106,15 +103,10 @@ class Space:
 
     # What a cut is.
 
-    def config(self, cut: Cut) -> ModelConfig:
-        """The model that a cut makes."""
-        sizes = [_layer_sizes(_row(part)) for part in cut.layers]
-        return dataclasses.replace(self.parent, d_model=len(cut.width)).with_sizes(sizes)
-
     def num_params(self, cut: Cut) -> int:
-        """The number of parameters of `config(cut)`."""
+        """The number of parameters of the model that a cut makes (`subnet.child_config`)."""
         model, base = self._models[len(cut.width)]
-        return base + sum(model.layer_params(_layer_sizes(_row(part))) for part in cut.layers)
+        return base + sum(model.layer_params(part.sizes) for part in cut.layers)
 
     def contains(self, cut: Cut) -> bool:
         """Whether the cut is of this space: its sizes, its entries, its number of parameters."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import jax
 
-from lmboost import checkpoint, sharding, standalone
+from lmboost import checkpoint, ranges, sharding, standalone
 from lmboost.errors import UserError
 from lmboost.hf import reader
 from lmboost.models import transformer
@@ -55,7 +55,7 @@ def write_inherited(
         "model": dataclasses.asdict(child),
         "data": {"tokenizer": manifest["data"]["tokenizer"]},
         "source": {
-            "directory": str(directory), "kind": "inherit", "layers": inherit.ranges(taken.layers),
+            "directory": str(directory), "kind": "inherit", "layers": ranges.write(taken.layers),
             "fresh": sorted(taken.fresh), "seed": seed,
         },
     }  # fmt: skip

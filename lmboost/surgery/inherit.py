@@ -6,13 +6,13 @@ Everything not named in `Inheritance.fresh` is a bitwise copy.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from lmboost import ranges
 from lmboost.errors import UserError, one_of
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
@@ -63,7 +63,7 @@ class Inheritance:
     def report(self, params: Mapping[str, Any]) -> list[str]:
         """What became of each part of a parameter tree of the child, a line each."""
         names = {name: part for part, name in PARTS.items()}
-        lines = [f"layers: of the parent's {ranges(self.layers)}"]
+        lines = [f"layers: of the parent's {ranges.write(self.layers)}"]
         for name in sorted(set(params) - {"layers"}):
             lines.append(f"{names[name]}: {'random' if names[name] in self.fresh else 'inherited'}")
         return lines
@@ -118,28 +118,15 @@ def of_layers(parent: ModelConfig, layers: Sequence[int]) -> ModelConfig:
 def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:
     """The layers in "0-5,8", counted from 0; a UserError where they are not the model's or not in order."""
     layers: list[int] = []
-    for word in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word.strip())
-        if not match:
-            raise UserError(f"{field}={text!r}: {word!r} is neither a layer nor a range. Give layers as in '0-5,8'.")
-        first, last = int(match[1]), int(match[2] or match[1])
+    wrong = "is neither a layer nor a range. Give layers as in '0-5,8'."
+    for _, first, last in ranges.parse(text, f"{field}={text!r}", wrong):
+        last = min(last, max(first, num_layers))  # one too many is enough to tell
         layers += range(first, last + 1) if last >= first else [first, last]
     if wrong := [i for i in layers if i >= num_layers]:
         raise UserError(f"{field}={text!r}: there is no layer {wrong[0]}; the parent has layers 0 to {num_layers - 1}.")
     if sorted(set(layers)) != layers:
         raise UserError(f"{field}={text!r}: layers must be named once, in the parent's order.")
     return tuple(layers)
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """Layers as "0-5,8"; parse_layers reads it."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def check_models(taken: ModelConfig, child: ModelConfig, field: str) -> None:

@@ -7,7 +7,7 @@ holds; an empty one (EMPTY) holds zeros.
 Shape suffixes, of the target: D model width, L layers, H query heads, K key/value heads, N head size, F MLP width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,41 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmboost import sharding
+from lmboost.models import axes
 from lmboost.models.model_config import ModelConfig
 
 EMPTY = np.iinfo(np.int32).max  # no entry of any source
-
-# What the axes of a parameter count, by the end of its path; layers are stacked on one more axis in front.
-AXES = {
-    "embed/embedding": (None, "width"),
-    "position_embed/embedding": (None, "width"),
-    "head": ("width", None),
-    "attn_norm/scale": ("width",),
-    "attn_norm/bias": ("width",),
-    "mlp_norm/scale": ("width",),
-    "mlp_norm/bias": ("width",),
-    "final_norm/scale": ("width",),
-    "final_norm/bias": ("width",),
-    "q/kernel": ("width", "heads", "features"),
-    "k/kernel": ("width", "groups", "features"),
-    "v/kernel": ("width", "groups", "features"),
-    "o/kernel": ("heads", "features", "width"),
-    "q/bias": ("heads", "features"),
-    "k/bias": ("groups", "features"),
-    "v/bias": ("groups", "features"),
-    "o/bias": ("width",),
-    "up/kernel": ("width", "units"),
-    "gate/kernel": ("width", "units"),
-    "down/kernel": ("units", "width"),
-    "up/bias": ("units",),
-    "gate/bias": ("units",),
-    "down/bias": ("width",),
-}
-# Of norms on queries and keys: one scale for all heads ("head"), or one for each feature of each ("full").
-_QK_AXES = {
-    "head": {"q": ("features",), "k": ("features",)},
-    "full": {"q": ("heads", "features"), "k": ("groups", "features")},
-}
 
 
 class LayerSlots(NamedTuple):
@@ -73,34 +42,33 @@ class LayerSlots(NamedTuple):
 def gather_rest(params: Mapping[str, Any], width: jax.Array) -> dict[str, Any]:
     """What a target has besides its layers; `width` int32 [D] has the source's features of the residual stream."""
     rest = {name: x for name, x in params.items() if name != "layers"}
-    return jax.tree_util.tree_map_with_path(lambda keys, x: _take(x, AXES[_end(keys)], {"width": width}), rest)
+    entries = {"embed": width}
+    return jax.tree_util.tree_map_with_path(lambda keys, x: _take(x, axes.of(sharding.path_name(keys)), entries), rest)
 
 
 def gather_layers(source: ModelConfig, stack: Any, width: jax.Array, layers: LayerSlots) -> Any:
     """The layers of a target as one stack, from the stack of a source of equal layers; `width` as in `gather_rest`."""
 
     def one(slots: LayerSlots):
-        entries = {"width": width} | slots._asdict()
+        entries = {"embed": width, "kv_heads": slots.groups, "heads": slots.heads}
+        entries |= {"features": slots.features, "mlp": slots.units}
 
         def leaf(keys, x):
-            x, name = jnp.take(x, slots.layer, axis=0, mode="fill", fill_value=0), sharding.path_name(keys)
-            if name not in ("attn/q_norm/scale", "attn/k_norm/scale"):
-                return _take(x, AXES[_end(keys)], entries)
-            axes = _QK_AXES[source.qk_norm][name[len("attn/")]]
-            return _take(x.reshape((-1, source.head_dim)[-len(axes) :]), axes, entries).reshape(-1)
+            x = jnp.take(x, slots.layer, axis=0, mode="fill", fill_value=0)
+            names = axes.of(f"layers/{sharding.path_name(keys)}")
+            if "*" not in names[0]:
+                return _take(x, names, entries)
+            names = names[0].split("*") if source.qk_norm == "full" else ("features",)
+            return _take(x.reshape((-1, source.head_dim)[-len(names) :]), names, entries).reshape(-1)
 
         return jax.tree_util.tree_map_with_path(leaf, stack)
 
     return jax.vmap(one)(layers)
 
 
-def _end(keys) -> str:
-    """The last two parts of a parameter's path."""
-    return "/".join(sharding.path_name(keys).split("/")[-2:])
-
-
-def _take(x: jax.Array, axes: tuple[str | None, ...], entries: Mapping[str, jax.Array]) -> jax.Array:
-    for axis, name in enumerate(axes):
-        if name is not None:
+def _take(x: jax.Array, names: Sequence[str], entries: Mapping[str, jax.Array]) -> jax.Array:
+    """What is named of each axis; of others, such as a vocabulary, all."""
+    for axis, name in enumerate(names):
+        if name in entries:
             x = jnp.take(x, entries[name], axis=axis, mode="fill", fill_value=0)
     return x

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmboost import ranges
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import LayerSizes, ModelConfig
@@ -35,6 +36,11 @@ class LayerCut(NamedTuple):
     features: tuple[int, ...]
     units: tuple[int, ...]
 
+    @property
+    def sizes(self) -> LayerSizes:
+        heads = sum(map(len, self.heads))
+        return LayerSizes(heads, len(self.groups), len(self.features), len(self.units))
+
 
 class Cut(NamedTuple):
     """What is kept of a model: features of the residual stream, and layers in the parent's order."""
@@ -49,11 +55,7 @@ def child_config(parent: ModelConfig, cut: Cut) -> ModelConfig:
     Raises a UserError where the cut names what the parent has not, or not in order.
     """
     check(parent, cut)
-    sizes = [
-        LayerSizes(sum(map(len, layer.heads)), len(layer.groups), len(layer.features), len(layer.units))
-        for layer in cut.layers
-    ]
-    return dataclasses.replace(parent, d_model=len(cut.width)).with_sizes(sizes)
+    return dataclasses.replace(parent, d_model=len(cut.width)).with_sizes([layer.sizes for layer in cut.layers])
 
 
 def extract(parent: ModelConfig, params: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class FirstEntries:
 
     def report(self, params: Mapping[str, Any]) -> list[str]:
         """What was kept, a line each."""
-        kept = inherit.ranges([layer.layer for layer in self.cut.layers])
+        kept = ranges.write([layer.layer for layer in self.cut.layers])
         lines = [f"layers: of the parent's {kept}", f"width: the first {len(self.cut.width)} of {self.parent.d_model}"]
         parent, layers = self.parent, self.cut.layers
         each = {

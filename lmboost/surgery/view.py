@@ -25,6 +25,7 @@ import numpy as np
 
 from lmboost import sharding
 from lmboost.errors import UserError
+from lmboost.models import axes
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import slots, subnet
 from lmboost.surgery.subnet import Cut, LayerCut
@@ -195,15 +196,14 @@ def apply(parent: ModelConfig, params: Mapping[str, Any], hull: ModelConfig, vie
 
 
 def _rescale_width(parent: ModelConfig, written, s):
-    readers = ("q/kernel", "k/kernel", "v/kernel", "up/kernel", "gate/kernel")
-
     def leaf(keys, x):
         name = sharding.path_name(keys)
-        if name.startswith(("attn/o/", "mlp/down/")):
+        inputs, outputs = axes.sides(f"layers/{name}")
+        if outputs == ("embed",):
             return written(x)
         if parent.norm_placement == "pre":
             return x / s if name in ("attn_norm/scale", "mlp_norm/scale") else x
-        return x / s if name.endswith(readers) else x
+        return x / s if inputs == ("embed",) else x
 
     return leaf
 

@@ -28,7 +28,7 @@ def wide_config(config: ModelConfig, heads: str = "any") -> ModelConfig:
     Raises a UserError where there is no such config, or where a head of its size lacks the rotary frequencies of a
     smaller one.
     """
-    smaller = {sizes.head_dim for sizes in config.sizes}
+    smaller = config.head_dims
     room = max(sizes.num_heads // sizes.num_kv_heads for sizes in config.sizes)
     wide = dataclasses.replace(config, layer_sizes="", num_heads=room * config.num_kv_heads)
     for new in _more_heads(wide, heads):

@@ -160,7 +160,7 @@ def test_a_restart_at_any_step_goes_on_as_if_nothing_had_been(prepared, second):
 
 def test_epochs_are_permutations_and_differ(prepared):
     loader = loader_lib.Loader(str(prepared), "train", 64, seed=0)
-    count = loader.rows_per_epoch
+    count = len(loader.rows_in_order)
     stored = [rows_of(batch)[0] for batch in loader.eval_batches(1)]
     assert len(stored) == count
     epochs = [[rows_of(loader.row(i))[0] for i in range(epoch * count, (epoch + 1) * count)] for epoch in range(3)]

@@ -19,7 +19,9 @@ from lmboost.models import transformer
 from lmboost.models.model_config import LayerSizes, ModelConfig
 from lmboost.models.presets import preset, tiny
 from lmboost.search import space as spaces
-from lmboost.search.space import Orders, Space, from_json, parse_choices, parse_params, to_json
+from lmboost.search.notation import from_json, parse_choices, parse_params, to_json
+from lmboost.search.space import Orders, Space
+from lmboost.surgery import subnet
 from lmboost.surgery.subnet import Cut, LayerCut
 
 MHA = tiny(preset("pythia-70m"), 6)
@@ -94,7 +96,7 @@ def check_cut(space, cut):
     for kept, order in entries:
         assert list(kept) == sorted(set(kept)) and set(kept) <= set(order)
         assert fine or set(kept) == set(order[: len(kept)])
-    assert space.low <= space.config(cut).validate().num_params() <= space.high
+    assert space.low <= subnet.child_config(space.parent, cut).validate().num_params() <= space.high
 
 
 # How choices and bins are written.
@@ -206,7 +208,7 @@ def test_operators_stay_in_the_space_and_in_the_bin(words, parent):
         space = wide(parent, *words, orders=shuffled(parent, seed) if words[0] == "coarse" else None)
         for cut in walk(space, seed):
             check_cut(space, cut)
-            assert space.contains(cut) and space.num_params(cut) == space.config(cut).num_params()
+            assert space.contains(cut) and space.num_params(cut) == subnet.child_config(space.parent, cut).num_params()
 
 
 @pytest.mark.parametrize("words", SPACES, ids=map("-".join, SPACES))
@@ -282,7 +284,9 @@ def test_parameters_are_those_of_the_initialised_model(parent):
     for words in (("coarse", "uniform", "any"), ("fine", "layerwise", "any")):
         space = wide(parent, *words)
         cut = space.sample(np.random.default_rng(5))
-        shapes = jax.eval_shape(functools.partial(transformer.init, space.config(cut)), jax.random.key(0))
+        shapes = jax.eval_shape(
+            functools.partial(transformer.init, subnet.child_config(space.parent, cut)), jax.random.key(0)
+        )
         assert space.num_params(cut) == sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
@@ -333,7 +337,7 @@ def test_every_size_that_there_is_is_found(granularity, scope, _, monkeypatch):
             cut = one.sample(np.random.default_rng(0))
             check_cut(one, cut)
             again = one.crossover(np.random.default_rng(1), cut, one.mutate(np.random.default_rng(0), cut, 0.5))
-            assert space.config(again).num_params() == total
+            assert subnet.child_config(space.parent, again).num_params() == total
 
 
 def test_looking_through_a_large_space_is_quick_and_diverse(monkeypatch):
@@ -358,7 +362,7 @@ def test_a_search_too_large_to_look_through_says_so(monkeypatch):
 def test_a_space_of_one_cut():
     space = space_of(GQA, params="1-1M")
     cut = space.sample(np.random.default_rng(0))
-    assert space.config(cut) == GQA
+    assert subnet.child_config(space.parent, cut) == GQA
     assert (
         space.mutate(np.random.default_rng(1), cut, 0.5) == cut == space.crossover(np.random.default_rng(2), cut, cut)
     )

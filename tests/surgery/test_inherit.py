@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmboost import sharding
+from lmboost import ranges, sharding
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.presets import preset, tiny
@@ -148,4 +148,4 @@ def test_what_does_not_fit_is_named(changes, message):
 
 def test_ranges_are_read_back():
     for layers in ((0, 1, 2), (0, 2, 3, 5), (7,)):
-        assert inherit.parse_layers(inherit.ranges(layers), 8, "layers") == layers
+        assert inherit.parse_layers(ranges.write(layers), 8, "layers") == layers
