@@ -13,6 +13,7 @@ from etils import epath
 from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from lmboost import places
 from lmboost.errors import UserError
@@ -102,19 +103,8 @@ class _Events:
         event.wall_time = time.time()
         data = event.SerializeToString()
         head = struct.pack("<Q", len(data))
-        self._file.append(head + _checksum(head) + data + _checksum(data))
-
-
-_CRC32C = [functools.reduce(lambda crc, _: crc >> 1 ^ 0x82F63B78 * (crc & 1), range(8), byte) for byte in range(256)]
-
-
-def _checksum(data: bytes) -> bytes:
-    """CRC-32C (RFC 3309), masked as TFRecord files have it."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+        check = lambda part: struct.pack("<I", masked_crc32c(part))  # noqa: E731
+        self._file.append(head + check(head) + data + check(data))
 
 
 def read(workdir: str) -> Iterator[dict[str, Any]]:
