@@ -188,21 +188,18 @@ def test_the_inherit_verb(tmp_path, reference):
 
 
 def test_rounds_until_the_reference_is_met(tmp_path, recipe, data, reference):
-    def rounds(target):
+    def until(target):
         workdir = tmp_path / f"grown{target}"
-        config, _ = load([f"--config={recipe}", f"--workdir={workdir}", data])  # of two layers; the reference has four
-        layers = rounds.grow(config, str(workdir), reference, by=1, target=target, say=lambda *_: None)
-        return (
-            layers,
-            json.loads((workdir / "rounds.json").read_text()),
-            sorted(p.name for p in workdir.glob("layers*")),
-        )
+        flags = [f"--config={recipe}", f"--workdir={workdir}", data]  # of two layers; the reference has four
+        rounds.main([*flags, f"--reference={reference}", "--by=1", f"--target={target}"])
+        log = json.loads((workdir / "rounds.json").read_text())
+        return log[-1]["layers"], log, sorted(p.name for p in workdir.glob("layers*"))
 
-    layers, log, runs_made = rounds(100.0)
+    layers, log, runs_made = until(100.0)
     assert layers == 2 and runs_made == ["layers-2"] and log[0]["val_loss"] < 100
-    layers, log, runs_made = rounds(0.0)
+    layers, log, runs_made = until(0.0)
     assert layers == 4 and runs_made == ["layers-2", "layers-3", "layers-4"]
-    assert rounds(0.0) == (layers, log, runs_made)  # nothing is trained again
+    assert until(0.0) == (layers, log, runs_made)  # nothing is trained again
     config, _ = load([f"--config={recipe}", "--workdir=x", data, DEPTH])
     own = [json.loads(line) for line in open(f"{reference}/metrics.jsonl")]
     last = [line["val_loss"] for line in own if line.get("val_loss")][-1]
