@@ -22,6 +22,7 @@ from absl import flags
 from array_record.python import array_record_data_source
 
 from lmboost.data import records
+from lmboost.data.rows import Rows
 from lmboost.errors import UserError, one_of
 
 Batch = dict[str, np.ndarray]
@@ -326,7 +327,7 @@ class Loader:
         stop = -(-len(self.rows_in_order) // batch_size)
         if num_batches is not None:
             stop = min(stop, num_batches)
-        return self._iterate(self.rows_in_order, _Every(batch_size), 0, stop)
+        return self._iterate(self.rows_in_order, Rows(batch_size, candidates=1, selecting=()), 0, stop)
 
     def _iterate(self, rows: grain.MapDataset, schedule: Callable, start: int, stop: int) -> Iterator[Batch]:
         if start >= stop:
@@ -350,13 +351,3 @@ class Loader:
 def _outlive_sigterm(*_: int) -> None:
     """Some clusters send SIGTERM to all processes of a job. The one that trains ends its workers when it has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Every:
-    """The schedule of batches that follow one another."""
-
-    batch_size: int
-
-    def __call__(self, step: int) -> tuple[int, int]:
-        return step * self.batch_size, self.batch_size

@@ -296,25 +296,25 @@ def train(
 
 
 def _chunks(texts: Iterable[str], sample_bytes: int) -> Iterator[str]:
+    """The chunks of the texts, until they have so many bytes."""
+    for chunk in (chunk for text in texts for chunk in _split(text.replace("\0", ""))):
+        yield chunk
+        sample_bytes -= len(chunk.encode())
+        if sample_bytes <= 0:
+            return
+
+
+def _split(text: str) -> Iterator[str]:
     """Runs of whole lines of at most _CHUNK_CHARS characters; a longer line is cut."""
-    left = sample_bytes
-    for text in texts:
-        lines = text.replace("\0", "").splitlines(keepends=True)
-        pieces = (line[i : i + _CHUNK_CHARS] for line in lines for i in range(0, len(line), _CHUNK_CHARS))
-        chunk = ""
-        for piece in pieces:
+    chunk = ""
+    for line in text.splitlines(keepends=True):
+        for piece in (line[i : i + _CHUNK_CHARS] for i in range(0, len(line), _CHUNK_CHARS)):
             if len(chunk) + len(piece) > _CHUNK_CHARS:
                 yield chunk
-                left -= len(chunk.encode())
-                if left <= 0:
-                    return
                 chunk = ""
             chunk += piece
-        if chunk:
-            yield chunk
-            left -= len(chunk.encode())
-            if left <= 0:
-                return
+    if chunk:
+        yield chunk
 
 
 def _known(i: int) -> int | None:

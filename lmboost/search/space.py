@@ -10,15 +10,17 @@ import dataclasses
 import functools
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from lmboost.errors import UserError
 from lmboost.models.model_config import LayerSizes, ModelConfig
 from lmboost.search import reach
 from lmboost.search.notation import parse_params, read_choices
+from lmboost.surgery import subnet
 from lmboost.surgery.subnet import Cut, LayerCut
 
 ROW = ("num_kv_heads", "group_heads", "head_dim", "mlp_dim")  # a layer's sizes, in the order of a draft's rows
@@ -110,7 +112,9 @@ class Space:
 
     def contains(self, cut: Cut) -> bool:
         """Whether the cut is of this space: its sizes, its entries, its number of parameters."""
-        if not all(_is_subset(entries, order) for entries, order in self._entries(cut)):
+        try:
+            subnet.check(self.parent, cut)
+        except UserError:
             return False
         rows = [_row(part) for part in cut.layers]
         if len(cut.width) not in self.d_model or len(rows) not in self.layers:
@@ -124,18 +128,6 @@ class Space:
             return False
         # Entries of these sizes stay as they are, without a random draw, if they are of this space.
         return self.low <= self.num_params(cut) <= self.high and cut == self._fill(np.random.default_rng(0), draft)
-
-    def _entries(self, cut: Cut) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-        """All entries that a cut names, each with the order of what there is; those before must be of their order."""
-        orders = self.orders
-        yield cut.width, orders.width
-        yield [part.layer for part in cut.layers], orders.layers
-        for part in cut.layers:
-            equal = len(part.groups) == len(part.heads) and len(set(map(len, part.heads))) == 1
-            yield part.groups if equal else (), orders.groups[part.layer]
-            yield part.features, orders.features[part.layer]
-            yield part.units, orders.units[part.layer]
-            yield from zip(part.heads, (orders.heads[part.layer][k] for k in part.groups), strict=True)
 
     @functools.cached_property
     def _choices(self) -> list[tuple[int, ...]]:
@@ -350,11 +342,6 @@ def _row(part: LayerCut) -> list[int]:
 def _layer_sizes(row: Sequence[int]) -> LayerSizes:
     groups, group_heads, head_dim, mlp_dim = row
     return LayerSizes(groups * group_heads, groups, head_dim, mlp_dim)
-
-
-def _is_subset(entries: Sequence[int], order: Sequence[int]) -> bool:
-    """Whether entries are ascending indices, one at least, of what an order is an order of."""
-    return len(entries) > 0 and all(a < b for a, b in itertools.pairwise((-1, *entries, len(order))))
 
 
 def _other(rng, choices: Sequence[int], size: int, may_stay: bool) -> int:
