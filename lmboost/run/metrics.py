@@ -1,6 +1,5 @@
 """Metrics on the host: (sum, count) pairs, the run's metrics.jsonl and TensorBoard files, the console."""
 
-import functools
 import os
 import socket
 import struct
