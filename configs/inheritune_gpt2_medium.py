@@ -6,7 +6,7 @@ Commands, once OpenWebText is prepared with the GPT-2 tokenizer:
   python -m lmboost.train --config=configs/inheritune_gpt2_medium.py --config.data.train=OWT \\
     --config.init.path=RUNS/medium --workdir=RUNS/medium-16
 Where the depth is not known beforehand, the rounds of the paper (12 layers, 14, ... until the reference is met):
-  python -m lmboost.surgery grow --config=configs/inheritune_gpt2_medium.py --config.data.train=OWT \\
+  python -m lmboost.rounds --config=configs/inheritune_gpt2_medium.py --config.data.train=OWT \\
     --reference=RUNS/medium --workdir=RUNS/grown --last=10
 
 Variants: (none) Inheritune; reference: all layers, from scratch; scratch: 16 layers, from scratch; double: the same for

@@ -45,6 +45,7 @@ from lmboost.errors import UserError, exit_on_user_error, nearest, one_of
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import preset
+from lmboost.teacher import Helper
 from lmboost.train_step import init_params, init_state, jit_train_step
 
 # Memory of one jax device in GiB, and the topologies that the compiler has. https://cloud.google.com/tpu/docs
@@ -134,13 +135,13 @@ def teacher_of(c: ConfigDict, recipe: str, named: str = "") -> ModelConfig | Non
 def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> plan.Plan:
     """The plan of a run on TPUs, as `plan.make` has it, without data or checkpoints: no program depends on them."""
     plan.check_numbers(c, num_devices)
-    student = plan.check_model(c, ModelConfig(**c.model), "model", "tpu")
+    student = ModelConfig(**c.model).fit(c.seq_len, "tpu")
     phases = schedules.help_phases(c.objective, c.steps)
     active = frozenset().union(*(helps for _, helps in phases))
     helper = None
     if active:
         model = dataclasses.replace(teacher, dtype=c.teacher.dtype, remat="none", attention="auto")
-        helper = plan.Helper(None, plan.check_model(c, model, "the teacher's model", "tpu"), {})
+        helper = Helper(None, model.fit(c.seq_len, "tpu", "the teacher's model"))
     objective = plan.make_objective(c, student, helper and helper.model, active)
     selecting = tuple((first, end) for first, end, helps in plan.spans(phases, c.steps) if "select" in helps)
     rows = plan.Rows(c.batch_size, objective.select.candidates, selecting)
