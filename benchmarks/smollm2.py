@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmboost import generate, sharding
-from lmboost.data import tokenizer as tokenizers
+from lmboost.checkpoint import Saved
 from lmboost.models import transformer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,17 +82,17 @@ class Ours:
 
     def __init__(self, checkpoint: str):
         self.mesh = sharding.make_mesh()
-        with jax.set_mesh(self.mesh):
-            self.loaded = generate.load_model(checkpoint, -1, self.mesh, "float32")
-        self.coder = tokenizers.find_for(self.loaded.directory, self.loaded.manifest)
+        saved = Saved.find(checkpoint)
+        self.model, self.coder = saved.model_for(dtype="float32"), saved.tokenizer()
+        self.params = saved.load(self.mesh)
 
     def logits(self, ids: np.ndarray) -> np.ndarray:
         """[1, T] -> [1, T, V]."""
-        return np.asarray(_logits(self.loaded.model, self.loaded.params, jnp.asarray(ids, jnp.int32)))
+        return np.asarray(_logits(self.model, self.params, jnp.asarray(ids, jnp.int32)))
 
     def greedy(self, prompts: list[list[int]]) -> list[list[int]]:
         with jax.set_mesh(self.mesh):
-            return generate.Generator(self.loaded.model, self.loaded.params, self.mesh)(prompts, NEW_TOKENS)
+            return generate.Generator(self.model, self.params, self.mesh)(prompts, NEW_TOKENS)
 
 
 @functools.partial(jax.jit, static_argnums=0)

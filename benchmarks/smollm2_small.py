@@ -76,7 +76,7 @@ def first_layers(out: str, hub: pathlib.Path) -> float:
     """The loss of the parent's first 15 layers before any training, on as many tokens as candidates are compared on."""
     made, result = f"{out}/first-15", f"{out}/first-15.json"
     if not os.path.exists(made):
-        verb("surgery", "inherit", f"--parent=hf:{hub}", "--layers=0-14", f"--out={made}")
+        verb("convert", f"--source=hf:{hub}", "--layers=0-14", f"--out={made}")
     verb("evaluate", f"--checkpoint={made}", f"--data={out}/small-data", "--batches=1", "--batch_size=8",
          "--seq_len=128", f"--out={result}")  # fmt: skip
     return json.loads(pathlib.Path(result).read_text())["val_loss"]

@@ -160,7 +160,7 @@ def newest_checkpoint(workdir: str | None) -> int:
     if workdir is None:
         return -1
     if "://" not in workdir:
-        directory = pathlib.Path(workdir, "checkpoints")
+        directory = pathlib.Path(workdir, "checkpoints")  # as lmboost.checkpoint.Run has them
         names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     else:
         try:

@@ -69,7 +69,7 @@ if [ -n "$dry" ]; then
 fi
 [ -n "${SLURM_JOB_ID:-}" ] || fail "there is no Slurm job here: sbatch launch/slurm.sh ..."
 
-newest_checkpoint() {  # step, -1 if there is none
+newest_checkpoint() {  # step, -1 if there is none; places as lmboost/checkpoint.py's Run has them
   local names=''
   if [[ "$workdir" = *://* ]]; then
     names=$(gcloud storage ls "${workdir%/}/checkpoints/" | sed 's,/$,,;s,.*/,,') || true

@@ -127,7 +127,7 @@ attempt() {  # runs training once; sets status, "stopped" after `stop`, "gone" i
 }
 replies_to() { replies=$(on_workers all 'lmboost_status=0 0' "$@"); }
 
-newest_checkpoint() {  # step, -1 if there is none
+newest_checkpoint() {  # step, -1 if there is none; places as lmboost/checkpoint.py's Run has them
   local step
   step=$(
     if [[ "$workdir" = gs://* ]]; then

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: what is in them, and how they are found and read (checkpointer.py writes those of a run).
+"""Models on disk, and the runs that they lie in: what is there, how it is found and read (Orbax).
 
     WORKDIR/manifest.json                 what the run is: config, model, data, tokenizer, teacher, versions
     WORKDIR/checkpoints/STEP/params       the model's parameters, alone: what a teacher or an init is read from
@@ -7,9 +7,11 @@
     WORKDIR/checkpoints/STEP/manifest     as above, so that a checkpoint can be moved by itself
 
 Teacher parameters are in none of them. What lmboost.convert writes has params and manifest alone, with the tokenizer
-beside them. Wherever a checkpoint is read, "hf:DIR" stands for a Hugging Face Hub directory in its place.
+beside them. Wherever a checkpoint is read, "hf:DIR" stands for a Hugging Face Hub directory in its place. What only a
+run that goes on reads and writes, the state of its training, is run/checkpointer.py's.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -25,60 +27,52 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from lmboost import places, sharding
+from lmboost.data import loader
+from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError
 from lmboost.hf import reader
-from lmboost.train_step import TrainState
+from lmboost.models import transformer
+from lmboost.models.model_config import ModelConfig
 
 
 class Damaged(UserError):
     """A checkpoint whose files are missing, cut off, or changed."""
 
 
-def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
-    training = {
-        "step": state.step,
-        "opt_state": state.opt_state,
-        "skipped": state.skipped,
-        "skipped_in_a_row": state.skipped_in_a_row,
-    }
-    if "align" in state.params:
-        training["align"] = state.params["align"]
-    return state.params["model"], training
+class Run:
+    """A run on disk, by its workdir, which may not be there yet. Nothing else knows where in it what lies.
 
-
-def _join(params: Any, training: dict[str, Any]) -> TrainState:
-    tree = {"model": params}
-    if "align" in training:
-        tree["align"] = training["align"]
-    return TrainState(training["step"], tree, training["opt_state"], training["skipped"], training["skipped_in_a_row"])
-
-
-def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The whole state in a checkpoint directory, and its data position.
-
-    Each process reads its part. Raises a UserError on other shapes, a Damaged where the files cannot be read.
+    (But launch/slurm.sh, launch/tpu_vm.sh and launch/local.py, which look for the newest checkpoint without Python or
+    without its libraries.)
     """
-    if not (directory / "training").exists():
-        raise UserError(
-            f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.path."
-        )
-    parts = []
-    for name, tree, layout in zip(("params", "training"), split(like), split(shardings), strict=True):
-        parts.append(_restore_tree(directory, name, tree, layout))
-    return _join(*parts), _read_json(directory, "position")
 
+    def __init__(self, workdir: str | os.PathLike):
+        self.workdir = places.find(os.fspath(workdir))
+        self.checkpoints, self.manifest_path = self.workdir / "checkpoints", self.workdir / "manifest.json"
 
-def fingerprints(state: TrainState) -> dict[str, str]:
-    """What is written beside a state, and what it must have when it is read again."""
-    return {name: fingerprint(tree) for name, tree in zip(("params", "training"), split(state), strict=True)}
+    @classmethod
+    def of(cls, directory: epath.Path) -> "Run | None":
+        """The run that a checkpoint lies in, if it does."""
+        return cls(directory.parent.parent) if directory.parent.name == "checkpoints" else None
 
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, in ascending order."""
+        return sorted(ocp.utils.checkpoint_steps(self.checkpoints))
 
-def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[str, Any]) -> None:
-    """Raises a Damaged where a restored state is not, bit for bit, the one that was saved. All processes must ask."""
-    written = position.pop("fingerprints", None)  # checkpoints of earlier releases have none
-    if written and written != (found := fingerprints(state)):
-        changed = [name for name in found if found[name] != written.get(name)]
-        raise Damaged(f"{directory} has changed since it was written: the bits of {' and '.join(changed)} are others.")
+    def at(self, step: int) -> epath.Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / str(step)
+
+    def manifest(self) -> dict[str, Any] | None:
+        """What the run is, if it has been started. Raises a UserError where the file is no manifest."""
+        if not self.manifest_path.exists():
+            return None
+        try:
+            return dict(json.loads(self.manifest_path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{self.manifest_path} is not a manifest: expected a JSON object. Was it edited by hand?"
+            ) from error
 
 
 def find(path: str, step: int = -1, field: str = "path") -> epath.Path:
@@ -88,18 +82,169 @@ def find(path: str, step: int = -1, field: str = "path") -> epath.Path:
     root = places.find(path, field)
     if (root / "params").exists() and (root / "manifest").exists() and ocp.utils.is_checkpoint_finalized(root):
         return root
-    if not (root / "checkpoints").exists() and reader.is_directory(root):
+    run = Run(root)
+    if not run.checkpoints.exists() and reader.is_directory(root):
         raise UserError(f"{field}={path!r} is a Hugging Face Hub directory: give it as {reader.PREFIX}{path}.")
-    if not (root / "checkpoints").exists():
+    if not run.checkpoints.exists():
         raise UserError(
-            f"{field}={path!r} is neither a run (there is no {root / 'checkpoints'}) nor a checkpoint. "
+            f"{field}={path!r} is neither a run (there is no {run.checkpoints}) nor a checkpoint. "
             "Give a directory that lmboost.train wrote with --workdir, or one of its checkpoints/STEP."
         )
-    steps = sorted(ocp.utils.checkpoint_steps(root / "checkpoints"))
+    steps = run.steps()
     if not steps or step not in (-1, *steps):
         has = f"it has steps {', '.join(map(str, steps))}" if steps else "it has no finished checkpoint"
         raise UserError(f"{field}={path!r}, step {step}: {has}.")
-    return root / "checkpoints" / str(steps[-1] if step == -1 else step)
+    return run.at(steps[-1] if step == -1 else step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A model on disk, found and not read.
+
+    Attributes:
+      path, field: what the user gave, and the name of the field or flag that it was given as; for messages.
+      directory: the checkpoint, or the Hub directory.
+      manifest: what it says of itself; it has no "config" where no run of ours made it.
+      model: what it is, as it was saved.
+    """
+
+    path: str
+    field: str
+    directory: epath.Path
+    manifest: dict[str, Any]
+    model: ModelConfig
+
+    @classmethod
+    def find(cls, path: str, step: int = -1, field: str = "--checkpoint") -> "Saved":
+        """The model that `path` names: a run (its checkpoint of `step`, -1: the last), a checkpoint, or "hf:DIR"."""
+        directory = find(path, step, field)
+        manifest = read_manifest(directory)
+        return cls(path, field, directory, manifest, ModelConfig(**manifest["model"]))
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the run that trained it, as a tree; {} where none did."""
+        return self.manifest.get("config") or {}
+
+    @property
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that it was trained with; None where nothing says which that was."""
+        return self.manifest["data"]["tokenizer"]
+
+    def data_or_own(self, given: str = "") -> str:
+        """The prepared data to measure it on: `given` as --data, else what it was validated on in training."""
+        data = self.config.get("data", {})
+        if not (spec := given or data.get("validation") or data.get("train")):
+            raise UserError(
+                f"--data is empty, and nothing in {self.directory} says which data to take: give a prepared one."
+            )
+        return spec
+
+    def check_tokenizer(self, data: loader.DataInfo, unknown_too: bool = False) -> None:
+        """Raises a UserError where the tokens of the model are not those of prepared data.
+
+        unknown_too: whether a model that comes without a tokenizer is taken for one of these tokens.
+        """
+        own, where = self.tokenizer_fingerprint, f"{self.field}: the model in {self.directory}"
+        if own is None and not unknown_too:
+            raise UserError(
+                f"{where} has neither a tokenizer.json nor a tokenizer.model, so nothing says that its tokens are "
+                "those of the data: put the model's tokenizer there, too. For one of vocab.json and merges.txt, "
+                "transformers' AutoTokenizer writes the first with save_pretrained."
+            )
+        if own not in (None, data.tokenizer_fingerprint):
+            raise UserError(
+                f"{where} was trained with another tokenizer ({own[:12]}) than the data in "
+                f"{', '.join(data.directories)} ({data.tokenizer_fingerprint[:12]}): its embeddings and predictions "
+                "are of other tokens. Prepare the data with its tokenizer, or choose another model."
+            )
+        if self.model.vocab_size < data.vocab_size:
+            raise UserError(
+                f"{where} has a vocabulary of {self.model.vocab_size}, fewer than the {data.vocab_size} pieces of the "
+                "data's tokenizer: choose another model."
+            )
+
+    def tokenizer(self, given: str = "", field: str = "--tokenizer") -> tokenizers.Tokenizer:
+        """The model's tokenizer; another one, or one of more pieces than the vocabulary has, is a UserError.
+
+        given: what the user gave as `field`, a path for `tokenizer.load`. Empty: the file beside the checkpoint or in
+          the run that it lies in, else the one of the data that the model was trained on.
+        """
+        path = os.path.expanduser(given) or self._tokenizer_beside() or self._tokenizer_of_data()
+        if not path:
+            raise UserError(
+                f"{field} is empty, and no tokenizer was found: neither {' nor '.join(tokenizers.FILE_NAMES.values())} "
+                f"lies beside the model in {self.directory}, nor is the data there that it was trained on. Give the "
+                "tokenizer's file."
+            )
+        found = tokenizers.load(path)
+        if self.tokenizer_fingerprint not in (None, found.fingerprint):
+            raise UserError(
+                f"the tokenizer in {path} ({found.fingerprint[:12]}) is not the one that the model in {self.directory} "
+                f"was trained with ({self.tokenizer_fingerprint[:12]}): give that one with {field}."
+            )
+        if found.vocab_size > self.model.vocab_size:
+            raise UserError(
+                f"the tokenizer in {found.path} has {found.vocab_size} pieces, more than the model's "
+                f"vocab_size={self.model.vocab_size}: give the one that it was trained with as {field}."
+            )
+        return found
+
+    def _tokenizer_beside(self) -> epath.Path | None:
+        if "://" in str(self.directory):
+            return None
+        run = Run.of(self.directory)
+        for top in (self.directory, *([run.workdir] if run else [])):
+            for place in (top, top / "tokenizer"):
+                if any((place / name).is_file() for name in tokenizers.FILE_NAMES.values()):
+                    return place
+        return None
+
+    def _tokenizer_of_data(self) -> str | None:
+        spec = self.config.get("data", {}).get("train")
+        try:
+            return loader.info(spec).tokenizer_path if spec else None
+        except UserError:  # the data is not on this machine
+            return None
+
+    def model_for(self, seq_len: int | None = None, dtype: str = "", platform: str = "") -> ModelConfig:
+        """The model made ready to compute, without a backward pass; see `ModelConfig.fit` for the errors.
+
+        Args:
+          seq_len: tokens of a row, which choose the attention kernel; None is one that takes rows of any length.
+          dtype: of compute; empty is its own.
+          platform: empty is the one that jax runs on.
+        """
+        model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype, remat="none", attention="auto")
+        if seq_len is None:
+            return dataclasses.replace(model, attention="xla")
+        return model.fit(seq_len, platform or jax.default_backend(), f"the model of {self.field}")
+
+    def load(
+        self,
+        mesh: Mesh,
+        dtype: str = "float32",
+        model: ModelConfig | None = None,
+        report: Callable[[str], None] = lambda line: None,
+    ) -> Any:
+        """The parameters, read straight to their place on `mesh` in `dtype`.
+
+        Args:
+          model: has the shapes that are expected; None is the model itself. Padded rows of the vocabulary that a Hub
+            directory does not have are zero.
+          report: receives lines that say where a Hub directory's tensors went.
+
+        Raises a UserError that names the first parameter that is missing, left over, or of another shape.
+        """
+        like = jax.eval_shape(lambda: transformer.init(model or self.model, jax.random.key(0)))
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
+        if not reader.is_directory(self.directory):
+            return restore_tree(self.directory, "params", like, sharding.tree_sharding(like, mesh))
+        _check_same(self.directory, reader.shapes(self.directory, like["embed"]["embedding"].shape[0]), like)
+        params, lines = reader.load_params(self.directory, like, mesh)
+        for line in lines:
+            report(line)
+        return params
 
 
 def save_params(directory: str | os.PathLike, params: Any, manifest: dict[str, Any]) -> None:
@@ -117,30 +262,22 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
     """The manifest inside a checkpoint. That of a model from the Hub has no "config", as no run of ours made it."""
     if reader.is_directory(directory):
         return reader.read_manifest(directory)
-    return _read_json(directory, "manifest")
+    return read_json(directory, "manifest")
 
 
-def _read_json(directory: epath.Path, item: str) -> dict[str, Any]:
+def read_json(directory: epath.Path, item: str) -> dict[str, Any]:
+    """A checkpoint's item ("position", "manifest"); a Damaged where the file cannot be read."""
     try:
         return json.loads((directory / item / "metadata").read_text())
     except (OSError, ValueError) as error:
         raise _damaged(directory / item / "metadata", error) from error
 
 
-def load_params(directory: epath.Path, like: Any, mesh: Mesh, dtype: str = "float32") -> Any:
-    """A checkpoint's model parameters, read straight to their place on `mesh` in `dtype`.
+def restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -> Any:
+    """A checkpoint's item ("params", "training"), with the shapes and dtypes of `like`; each process reads its part.
 
-    `like` is a tree of shapes; a UserError names the first parameter that is missing, left over, or of
-    another shape. Padded rows of the vocabulary that a Hub directory does not have are zero.
+    Raises a UserError on other shapes, a Damaged where the files cannot be read.
     """
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
-    if reader.is_directory(directory):
-        _check_same(directory, reader.shapes(directory, like["embed"]["embedding"].shape[0]), like)
-        return reader.load_params(directory, like, mesh)[0]
-    return _restore_tree(directory, "params", like, sharding.tree_sharding(like, mesh))
-
-
-def _restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -> Any:
     try:
         found = tree_metadata(directory, item)
     except Exception as error:  # what damage shows as is up to Orbax and TensorStore

@@ -1,26 +1,30 @@
-"""Models from and to the Hugging Face Hub's format, without PyTorch.
+"""Models from and to the Hugging Face Hub's format, without PyTorch; models of some layers of others.
 
     python -m lmboost.convert --source=hf:DIR --out=DIR
     python -m lmboost.convert --source=RUN_OR_CHECKPOINT --out=hf:DIR [--dtype=bfloat16]
+    python -m lmboost.convert --source=RUN_OR_CHECKPOINT_OR_hf:DIR --layers=0-5,8 --out=DIR
 
 Known: GPT-2, OPT, GPT-NeoX (Pythia), Llama (SmolLM2, OpenLLaMA, TinyLlama), Mistral, Qwen2, Qwen3, OLMo-2. A checkpoint
 made of a Hub directory has its tokenizer beside it, in DIR/tokenizer. A Hub directory needs no conversion to be a
-teacher, a start or evaluated: "hf:DIR" can stand wherever a checkpoint can.
+teacher, a start or evaluated: "hf:DIR" can stand wherever a checkpoint can. With --layers it is the model that some of
+the layers make, which nobody has trained yet; a run can take layers by itself, too (init.kind=inherit).
 """
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from etils import epath
+from jax.sharding import Mesh
 
-from lmboost import checkpoint, sharding, standalone
+from lmboost import ranges, sharding, standalone
+from lmboost.checkpoint import Saved
 from lmboost.errors import UserError, exit_on_user_error, one_of
 from lmboost.hf import reader, writer
 from lmboost.models import transformer
-from lmboost.models.model_config import DTYPES, ModelConfig
+from lmboost.models.model_config import DTYPES
+from lmboost.surgery import inherit
 
 
 def convert(
@@ -29,53 +33,87 @@ def convert(
     dtype: str = "float32",
     *,
     step: int = -1,
+    layers: str = "",
+    fresh: str = "",
+    seed: int = 0,
     tokenizer: str = "",
     max_shard_size: float = 5.0,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Writes the model `source` as `out`; each is a run or checkpoint, or "hf:DIR".
+    """Writes the model `source`, or the one that some of its layers make, as `out`.
+
+    Each is a run or checkpoint, or "hf:DIR". A run can start from what is written (init.path).
 
     Args:
       dtype: of the parameters that are written.
       step: of a run: which checkpoint; -1 is the last.
+      layers: of the source, counted from 0, as "0-5,8"; empty is the whole model.
+      fresh: with `layers`: parts that start at random, as "embedding,head".
+      seed: of the random parts, which are those of a run with this seed.
       tokenizer: for `tokenizer.load`; empty is the one beside the model, or of the data that it was trained on.
       max_shard_size: of a safetensors file, in GB.
       report: receives lines that say what went where.
 
     Raises:
-      UserError: bad arguments, a model that one of the two sides cannot express, a damaged file, or a full disk.
+      UserError: bad arguments, a model that one of the two sides cannot express, layers that are not the source's, a
+        damaged file, or a full disk.
     """
     one_of("--dtype", dtype, DTYPES)
-    if not (source.startswith(reader.PREFIX) or out.startswith(reader.PREFIX)):
-        raise UserError(f"--source={source!r} and --out={out!r} are both checkpoints: give one of them as hf:DIR.")
+    export = out.startswith(reader.PREFIX)
+    if not (layers or export or source.startswith(reader.PREFIX)):
+        raise UserError(
+            f"--source={source!r} and --out={out!r} are both checkpoints: give one of them as hf:DIR, or --layers."
+        )
+    if fresh and not layers:
+        raise UserError(f"--fresh={fresh!r} needs --layers: the layers that the model with these random parts has.")
     if max_shard_size <= 0:
         raise UserError(f"--max_shard_size={max_shard_size} must be above 0; it is in GB.")
     target = standalone.find_target(out)
-    directory = checkpoint.find(source, step, "--source")
-    manifest = checkpoint.read_manifest(directory)
-    model, export = ModelConfig(**manifest["model"]), out.startswith(reader.PREFIX)
+    saved = Saved.find(source, step, "--source")
+    model, manifest, taken = saved.model, saved.manifest, None
+    if layers:
+        model = inherit.of_layers(saved.model, inherit.parse_layers(layers, saved.model.num_layers, "--layers"))
+        taken = inherit.plan(layers, fresh, saved.model, model, field="--")
+        manifest = _about(saved, taken, seed)
     if export:
         writer.family_of(model)  # a misfit is an error before anything is read
-    coder = standalone.find_tokenizer(directory, manifest, tokenizer, model, needed=export)
-    mesh = sharding.make_mesh(1, -1, 1)  # each device holds a part
+    coder = saved.tokenizer(tokenizer) if export or tokenizer or saved.tokenizer_fingerprint else None
+    manifest = manifest | {"data": manifest["data"] | {"tokenizer": coder and coder.fingerprint}}
+    mesh, lines = sharding.make_mesh(1, -1, 1), []  # each device holds a part
     with standalone.whole(target) as partial, jax.set_mesh(mesh):
-        params, lines = _load(directory, model, mesh, dtype)
+        params = saved.load(mesh, dtype, report=lines.append)
+        if taken:
+            params = _take(taken, params, mesh, seed)
+            lines += taken.report(params)
         if export:
             partial.mkdir(parents=True)
-            lines += writer.export(partial, params, manifest, coder, dtype, int(max_shard_size * 1e9))
+            lines += writer.export(partial, model, params, manifest, coder, dtype, int(max_shard_size * 1e9))
         else:
             standalone.write_checkpoint(partial, params, manifest, coder)
     for line in [*lines, f"{source} -> {out}"]:
         report(line)
 
 
-def _load(directory: epath.Path, model: ModelConfig, mesh: jax.sharding.Mesh, dtype: str) -> tuple[Any, list[str]]:
-    """Parameters, and lines that say where a Hub directory's tensors went."""
-    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    if not reader.is_directory(directory):
-        return checkpoint.load_params(directory, like, mesh, dtype), []
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
-    return reader.load_params(directory, like, mesh)
+def _about(saved: Saved, taken: inherit.Inheritance, seed: int) -> dict[str, Any]:
+    """The manifest of a model that layers of a saved one make."""
+    source = {"directory": str(saved.directory), "kind": "inherit", "layers": ranges.write(taken.layers)}
+    return {
+        "model": dataclasses.asdict(taken.child),
+        "data": {"tokenizer": saved.tokenizer_fingerprint},
+        "source": source | {"fresh": sorted(taken.fresh), "seed": seed},
+    }
+
+
+def _take(taken: inherit.Inheritance, params: Any, mesh: Mesh, seed: int) -> Any:
+    """The child's parameters, in the dtype of the parent's."""
+    dtype = jax.tree.leaves(params)[0].dtype
+    key = jax.random.split(jax.random.key(seed))[0]  # as train_step.init_params
+
+    def draw():
+        return jax.tree.map(lambda x: x.astype(dtype), transformer.init(taken.child, key))
+
+    places = sharding.tree_sharding(jax.eval_shape(draw), mesh)
+    return jax.jit(lambda params: taken(params, draw()), out_shardings=places)(params)
 
 
 def main() -> None:
@@ -84,6 +122,11 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="a directory to make: a checkpoint, or hf:DIR")
     parser.add_argument("--dtype", default="float32", help=f"of the parameters: {' or '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
+    parser.add_argument("--layers", default="", help="that are taken, counted from 0, as 0-5,8; empty is all of it")
+    parser.add_argument(
+        "--fresh", default="", help=f"with --layers: parts that start at random, of {','.join(inherit.PARTS)}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the parts that start at random")
     parser.add_argument("--tokenizer", default="", help="empty: the model's own, beside it or in its data")
     parser.add_argument("--max_shard_size", type=float, default=5.0, help="GB in a safetensors file (%(default)s)")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")

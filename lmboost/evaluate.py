@@ -7,7 +7,7 @@ Inside training the same passes run every `eval.every` and `eval.tasks_every` st
 """
 
 import argparse
-import dataclasses
+import inspect
 import json
 import math
 import os
@@ -18,12 +18,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lmboost import checkpoint, generate, sharding
+from lmboost import sharding
+from lmboost.checkpoint import Saved
 from lmboost.data import loader
-from lmboost.data.tokenizer import find_for
-from lmboost.errors import UserError, exit_on_user_error
-from lmboost.models import attention, transformer
-from lmboost.models.model_config import ModelConfig
+from lmboost.errors import exit_on_user_error, one_of
+from lmboost.models.model_config import DTYPES, ModelConfig
 from lmboost.train_step import make_eval_step
 
 
@@ -61,7 +60,7 @@ class Validation:
 
 
 def evaluate(
-    path: str,
+    checkpoint: str,
     data: str = "",
     step: int = -1,
     batches: int = -1,
@@ -76,35 +75,24 @@ def evaluate(
     data, seq_len: empty and 0 are those that it was trained with. A model from the Hub needs `data`; its rows are by
     default as long as both allow.
     """
-    directory = checkpoint.find(path, step, "--checkpoint")
-    manifest = checkpoint.read_manifest(directory)
-    config, model = manifest.get("config") or {}, ModelConfig(**manifest["model"])
-    spec = data or (config and (config["data"]["validation"] or config["data"]["train"]))
-    if not spec:
-        raise UserError(f"--data is empty, and nothing in {directory} says which data to take: give a prepared one.")
+    saved = Saved.find(checkpoint, step)
+    spec = saved.data_or_own(data)
     info = loader.info(spec, "validation")
-    if info.tokenizer_fingerprint != manifest["data"]["tokenizer"]:
-        raise UserError(f"--data={spec!r} was prepared with another tokenizer than the model in {directory}.")
-    fits = (n for n in range(min(model.max_seq_len, info.record_tokens), 0, -1) if info.record_tokens % n == 0)
-    seq_len = seq_len or config.get("seq_len") or next(fits)
-    if model.position == "learned" and seq_len > model.max_seq_len:
-        raise UserError(f"--seq_len={seq_len}: the model has {model.max_seq_len} learned positions.")
-    heads = {sizes.head_dim for sizes in model.sizes}
-    kernel = attention.resolve("auto", jax.default_backend(), seq_len, heads, model.dtype)
-    model = dataclasses.replace(model, attention=kernel, remat="none")
+    saved.check_tokenizer(info)
+    fits = (n for n in range(min(saved.model.max_seq_len, info.record_tokens), 0, -1) if info.record_tokens % n == 0)
+    seq_len = seq_len or saved.config.get("seq_len") or next(fits)
+    model = saved.model_for(seq_len)
     mesh = sharding.make_mesh(-1, fsdp, tensor)
     rows = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
     with jax.set_mesh(mesh):
-        like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-        params = checkpoint.load_params(directory, like, mesh)
-        block = config["objective"]["block_tokens"] if config else 1024
-        return Validation(model, spec, seq_len, rows, batches, mesh, block)(params)
+        block = saved.config["objective"]["block_tokens"] if saved.config else 1024
+        return Validation(model, spec, seq_len, rows, batches, mesh, block)(saved.load(mesh))
 
 
 def evaluate_tasks(
-    path: str,
+    checkpoint: str,
     tasks: str,
-    include: str = "",
+    include_path: str = "",
     *,
     num_fewshot: int | None = None,
     limit: float | None = None,
@@ -118,43 +106,32 @@ def evaluate_tasks(
 ) -> dict[str, Any]:
     """Results of lm-evaluation-harness tasks "a,b", as `harness.run_tasks` returns them.
 
-    max_length 0 is the length of the rows that the model was trained on, or what its config says. `include` is a
+    max_length 0 is the length of the rows that the model was trained on, or what its config says. `include_path` is a
     directory with tasks of one's own.
     """
     from lmboost import harness  # needs a package that is not always there
 
     names = harness.names_of(tasks)
-    harness.find_tasks(names, include)
+    harness.find_tasks(names, include_path)
+    saved = Saved.find(checkpoint, step)
+    model = saved.model_for(dtype=dtype and one_of("--dtype", dtype, DTYPES))
+    coder = saved.tokenizer(tokenizer)
+    length = max_length or min(saved.config.get("seq_len", model.max_seq_len), model.max_seq_len)
     mesh = sharding.make_mesh(-1, fsdp, tensor)
     with jax.set_mesh(mesh):
-        loaded = generate.load_model(path, step, mesh, dtype, params_dtype="float32")
-        coder = find_for(loaded.directory, loaded.manifest, tokenizer)
-        trained_on = (loaded.manifest.get("config") or {}).get("seq_len", loaded.model.max_seq_len)
-        length = max_length or min(trained_on, loaded.model.max_seq_len)
-        lm = harness.LanguageModel(loaded.model, loaded.params, mesh, coder, batch_size, length, progress=True)
-        return harness.run_tasks(lm, names, include, num_fewshot, limit)
+        lm = harness.LanguageModel(model, saved.load(mesh), mesh, coder, batch_size, length, progress=True)
+        return harness.run_tasks(lm, names, include_path, num_fewshot, limit)
 
 
-def _print_tasks(flags: argparse.Namespace) -> dict[str, Any]:
+def _report(values: dict[str, Any], of_tasks: bool) -> dict[str, Any]:
+    """Prints the numbers; returns what of them is written to a file."""
+    if not of_tasks:
+        print("\n".join(f"{name} {value:.6f}" for name, value in values.items()))
+        return values
     from lmboost import harness
 
-    results = evaluate_tasks(
-        flags.checkpoint, flags.tasks, flags.include_path, num_fewshot=flags.num_fewshot, limit=flags.limit,
-        step=flags.step, batch_size=flags.batch_size, tokenizer=flags.tokenizer, max_length=flags.max_length,
-        dtype=flags.dtype, fsdp=flags.fsdp, tensor=flags.tensor,
-    )  # fmt: skip
-    print(harness.table(results))
-    return {name: results[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in results}
-
-
-def _print_validation(flags: argparse.Namespace) -> dict[str, float]:
-    values = evaluate(
-        flags.checkpoint, flags.data, flags.step, flags.batches, flags.batch_size,
-        seq_len=flags.seq_len, fsdp=flags.fsdp, tensor=flags.tensor,
-    )  # fmt: skip
-    for name, value in values.items():
-        print(f"{name} {value:.6f}")
-    return values
+    print(harness.table(values))
+    return {name: values[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in values}
 
 
 def main() -> None:
@@ -176,17 +153,20 @@ def main() -> None:
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are spread")
     parser.add_argument("--tensor", type=int, default=1, help="devices over which heads and vocabulary are spread")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
-    flags = parser.parse_args()
+    flags = vars(parser.parse_args())
+    verb = evaluate_tasks if flags["tasks"] else evaluate
 
     def run():
-        if flags.out:
-            os.makedirs(os.path.dirname(os.path.abspath(flags.out)), exist_ok=True)
-        values = _print_tasks(flags) if flags.tasks else _print_validation(flags)
-        if flags.out:
-            with open(flags.out, "w", encoding="utf-8") as file:
-                json.dump({"checkpoint": flags.checkpoint, "step": flags.step} | values, file, indent=1, default=str)
+        if out := flags["out"]:
+            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
+        values = verb(**{name: flags[name] for name in inspect.signature(verb).parameters})
+        values = _report(values, of_tasks=bool(flags["tasks"]))
+        if out:
+            with open(out, "w", encoding="utf-8") as file:
+                about = {name: flags[name] for name in ("checkpoint", "step")}
+                json.dump(about | values, file, indent=1, default=str)
 
-    exit_on_user_error(run, flags.traceback)
+    exit_on_user_error(run, flags["traceback"])
 
 
 if __name__ == "__main__":

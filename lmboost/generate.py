@@ -14,15 +14,15 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 
-from lmboost import checkpoint, sharding
+from lmboost import sharding
+from lmboost.checkpoint import Saved
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError, exit_on_user_error, one_of
 from lmboost.models import attention, transformer, vocabulary
@@ -257,31 +257,6 @@ class Generator:
                 )
 
 
-class Loaded(NamedTuple):
-    """A model that was read from a checkpoint."""
-
-    directory: epath.Path
-    manifest: dict[str, Any]
-    model: ModelConfig
-    params: Any
-
-
-def load_model(path: str, step: int, mesh: Mesh, dtype: str = "", params_dtype: str = "") -> Loaded:
-    """Reads a checkpoint's model to `mesh`, which is in use; `dtype` of compute, empty is the checkpoint's own.
-
-    Parameters are of `params_dtype`, which empty is the dtype of compute.
-    """
-    directory = checkpoint.find(path, step, "--checkpoint")
-    manifest = checkpoint.read_manifest(directory)
-    model = ModelConfig(**manifest["model"])
-    if dtype:
-        model = dataclasses.replace(model, dtype=one_of("--dtype", dtype, DTYPES))
-    model = dataclasses.replace(model, attention="xla", remat="none")
-    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    params = checkpoint.load_params(directory, like, mesh, params_dtype or model.dtype)
-    return Loaded(directory, manifest, model, params)
-
-
 def encode_prompt(text: str, tokenizer: tokenizers.Tokenizer, bos: str = "auto") -> list[int]:
     """A prompt's tokens. bos: before the text "always", "never", or if the tokenizer's makers put it there ("auto").
 
@@ -300,12 +275,14 @@ def encode_prompt(text: str, tokenizer: tokenizers.Tokenizer, bos: str = "auto")
 
 
 def generate(
-    path: str,
+    checkpoint: str,
     prompts: Sequence[str],
     max_tokens: int = 64,
-    sampling: Sampling | None = None,
-    seed: int = 0,
     *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
     tokenizer: str = "",
     step: int = -1,
     batch_size: int = 16,
@@ -314,15 +291,19 @@ def generate(
     fsdp: int = 1,
     tensor: int = 1,
 ) -> list[str]:
-    """Each prompt with its continuation, which ends before the token that ends a document."""
+    """Each prompt with its continuation, which ends before the token that ends a document.
+
+    The arguments are the flags of the verb, which say what they are.
+    """
+    saved = Saved.find(checkpoint, step)
+    model = saved.model_for(dtype=dtype and one_of("--dtype", dtype, DTYPES))
+    coder = saved.tokenizer(tokenizer)
+    ids = [encode_prompt(prompt, coder, bos) for prompt in prompts]
+    stop_ids = () if coder.eos_id is None else (coder.eos_id,)
     mesh = sharding.make_mesh(-1, fsdp, tensor)
     with jax.set_mesh(mesh):
-        loaded = load_model(path, step, mesh, dtype)
-        coder = tokenizers.find_for(loaded.directory, loaded.manifest, tokenizer)
-        ids = [encode_prompt(prompt, coder, bos) for prompt in prompts]
-        stop_ids = () if coder.eos_id is None else (coder.eos_id,)
-        generator = Generator(loaded.model, loaded.params, mesh, coder.vocab_size, stop_ids, batch_size)
-        made = generator(ids, max_tokens, sampling, seed)
+        generator = Generator(model, saved.load(mesh, model.dtype), mesh, coder.vocab_size, stop_ids, batch_size)
+        made = generator(ids, max_tokens, Sampling(temperature, top_k, top_p), seed)
     # A piece may read differently at the beginning of a text: the prompt's tokens are decoded along.
     return [
         prompt + coder.decode(before + after)[len(coder.decode(before)) :]
@@ -350,21 +331,16 @@ def main() -> None:
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are spread")
     parser.add_argument("--tensor", type=int, default=1, help="devices over which heads and vocabulary are spread")
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
-    flags = parser.parse_args()
+    flags = vars(parser.parse_args())
+    show_traceback, prompts, path = flags.pop("traceback"), flags.pop("prompt"), flags.pop("prompts")
 
     def run():
-        prompts = flags.prompt + (_read_prompts(flags.prompts) if flags.prompts else [])
-        if not prompts:
+        texts = prompts + (_read_prompts(path) if path else [])
+        if not texts:
             raise UserError("--prompt is missing: give a prompt, or a file of prompts with --prompts.")
-        texts = generate(
-            flags.checkpoint, prompts, flags.max_tokens, Sampling(flags.temperature, flags.top_k, flags.top_p),
-            flags.seed, tokenizer=flags.tokenizer, step=flags.step, batch_size=flags.batch_size, bos=flags.bos,
-            dtype=flags.dtype, fsdp=flags.fsdp, tensor=flags.tensor,
-        )  # fmt: skip
-        for i, text in enumerate(texts):
-            print(text if i == 0 else f"{'-' * 40}\n{text}")
+        print(f"\n{'-' * 40}\n".join(generate(prompts=texts, **flags)))
 
-    exit_on_user_error(run, flags.traceback)
+    exit_on_user_error(run, show_traceback)
 
 
 def _read_prompts(path: str) -> list[str]:

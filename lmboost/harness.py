@@ -109,13 +109,7 @@ class LanguageModel(TemplateLM):
         self._progress = progress and jax.process_index() == 0
         self._rows = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
         self._max_length = max_length or model.max_seq_len
-        if model.position == "learned" and self._max_length > model.max_seq_len:
-            raise UserError(f"--max_length={max_length}: the model has {model.max_seq_len} learned positions.")
-        if tokenizer.vocab_size > model.vocab_size:
-            raise UserError(
-                f"the tokenizer in {tokenizer.path} has {tokenizer.vocab_size} pieces, more than the model's "
-                f"vocabulary of {model.vocab_size}: give the one that the model was trained with."
-            )
+        model.check_positions(self._max_length, "--max_length")
         first = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
         if not first:
             raise UserError(f"the tokenizer in {tokenizer.path} has neither a begin nor an end token; tasks need one.")

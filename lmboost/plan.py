@@ -1,36 +1,27 @@
 """What a config asks for, checked: what can be wrong is found here, before anything is compiled or written."""
 
 import dataclasses
+import functools
 import json
 import os
 import sys
 from typing import Any
 
 import jax
-from etils import epath
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, flops, places, sharding
+from lmboost import checkpoint, flops, sharding, start
 from lmboost import config as configs
 from lmboost.checkpoint import PACKAGES, versions
 from lmboost.data import loader
 from lmboost.data.rows import Rows, parse_ranges
-from lmboost.errors import UserError, one_of
-from lmboost.models import attention
+from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective import terms
 from lmboost.objective.terms import Objective, make_objective
-from lmboost.surgery import inherit
+from lmboost.teacher import Helper
+from lmboost.teacher import find as find_helper
 from lmboost.train_step import Program, init_params
-
-
-@dataclasses.dataclass(frozen=True)
-class Helper:
-    """A model that helps: where it is, what it is."""
-
-    directory: epath.Path
-    model: ModelConfig
-    manifest: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +120,11 @@ class Plan:
 def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> Plan:
     """Checks the config against data, helpers, workdir and machine. Raises a UserError on the first misfit."""
     check_numbers(config, num_devices)
-    student = check_model(config, ModelConfig(**config.model), "model", platform)
+    student = ModelConfig(**config.model).fit(config.seq_len, platform)
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
     _check_init(config)
-    teacher, scorer = _helpers(config, platform)
-    for helper, field in ((teacher, "teacher.path"), (scorer, "objective.select.scorer")):
-        if helper:
-            _check_tokenizer(helper, field, train_data, student)
+    teacher, scorer = _helpers(config, train_data, platform)
     run = outline(config, student, teacher, scorer)
     manifest = _manifest(config, student, train_data, validation_data, teacher, scorer)
     _check_workdir(config, workdir)
@@ -156,16 +144,18 @@ def outline(config: ConfigDict, student: ModelConfig, teacher: Helper | None, sc
     )  # fmt: skip
 
 
-def _helpers(config: ConfigDict, platform: str) -> tuple[Helper | None, Helper | None]:
+def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[Helper | None, Helper | None]:
     """(teacher, scorer), as far as the helps of the objective need them; the scorer is the teacher if none is named."""
     active = frozenset().union(*(span.helps for span in terms.spans(config.objective, config.steps)))
     needed, select, teacher = terms.needed(active), config.objective.select, None
+    find = functools.partial(
+        find_helper, helps=active, data=data, seq_len=config.seq_len, dtype=config.teacher.dtype, platform=platform
+    )
     if "teacher" in needed or ("scorer" in needed and not select.scorer):
-        teacher = _helper(config, "teacher.path", config.teacher.path, config.teacher.step, active, platform)
+        teacher = find("teacher.path", config.teacher.path, config.teacher.step)
     if "scorer" not in needed or not select.scorer:
         return teacher, teacher
-    field = "objective.select.scorer"
-    return teacher, _helper(config, field, select.scorer, select.scorer_step, active, platform)
+    return teacher, find("objective.select.scorer", select.scorer, select.scorer_step)
 
 
 def check_numbers(config: ConfigDict, num_devices: int) -> None:
@@ -185,19 +175,6 @@ def check_numbers(config: ConfigDict, num_devices: int) -> None:
             f"batch_size={config.batch_size} is not a multiple of mesh.data * mesh.fsdp * accumulation = "
             f"{sizes[0]} * {sizes[1]} * {config.accumulation}: every device takes equally many rows of each part."
         )
-
-
-def check_model(config: ConfigDict, model: ModelConfig, field: str, platform: str) -> ModelConfig:
-    """The model with the attention kernel of the platform. Raises a UserError, naming `field`, if it does not fit."""
-    model.validate(field)
-    if model.position == "learned" and config.seq_len > model.max_seq_len:
-        raise UserError(
-            f"seq_len={config.seq_len} is longer than the {model.max_seq_len} learned positions of {field}: "
-            "shorten the rows, or use a model with more positions."
-        )
-    heads = {sizes.head_dim for sizes in model.sizes}
-    kernel = attention.resolve(model.attention, platform, config.seq_len, heads, model.dtype, field)
-    return dataclasses.replace(model, attention=kernel)
 
 
 def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, loader.DataInfo]:
@@ -221,10 +198,7 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
 def _check_init(config: ConfigDict) -> None:
     if config.resume.step != -1 and not config.resume.path:
         raise UserError(f"resume.step={config.resume.step}, but resume.path is empty: give the run that it is about.")
-    one_of("init.kind", config.init.kind, (*inherit.KINDS, "subnet"))
-    for field, default in (("kind", "copy"), ("layers", ""), ("fresh", "")):
-        if (value := config.init[field]) != default and not config.init.path:
-            raise UserError(f"init.{field}={value!r}, but init.path is empty: give the model that it is about.")
+    start.check(config.init.path, config.init.kind, config.init.layers, config.init.fresh)
 
 
 def _check_tasks(config: ConfigDict) -> None:
@@ -240,41 +214,8 @@ def _check_tasks(config: ConfigDict) -> None:
         )
 
 
-def _helper(config: ConfigDict, field: str, path: str, step: int, active: frozenset[str], platform: str) -> Helper:
-    if not path:
-        raise UserError(
-            f"{field} is empty, but the objective asks for help ({', '.join(sorted(active))}): give a run or a "
-            "checkpoint, or set the weights to 0."
-        )
-    directory = checkpoint.find(path, step, field)
-    manifest = checkpoint.read_manifest(directory)
-    model = ModelConfig(**manifest["model"])
-    model = dataclasses.replace(model, dtype=config.teacher.dtype, remat="none", attention="auto")
-    return Helper(directory, check_model(config, model, f"the model of {field}", platform), manifest)
-
-
-def _check_tokenizer(helper: Helper, field: str, data: loader.DataInfo, student: ModelConfig) -> None:
-    if helper.manifest["data"]["tokenizer"] is None:
-        raise UserError(
-            f"{field}: {helper.directory} has neither a tokenizer.json nor a tokenizer.model, so nothing says that its "
-            "tokens are those of the data: put the model's tokenizer there, too. For one of vocab.json and merges.txt, "
-            "transformers' AutoTokenizer writes the first with save_pretrained."
-        )
-    if helper.manifest["data"]["tokenizer"] != data.tokenizer_fingerprint:
-        raise UserError(
-            f"{field}: the model in {helper.directory} was trained with another tokenizer "
-            f"({helper.manifest['data']['tokenizer'][:12]}) than the data ({data.tokenizer_fingerprint[:12]}): its "
-            "predictions are about other tokens. Prepare the data with its tokenizer, or choose another model."
-        )
-    if helper.model.vocab_size < data.vocab_size:
-        raise UserError(
-            f"{field}: the model in {helper.directory} has a vocabulary of {helper.model.vocab_size}, fewer than "
-            f"the {data.vocab_size} pieces of the data's tokenizer."
-        )
-
-
 def _check_workdir(config: ConfigDict, workdir: str) -> None:
-    if not (manifest := read_manifest(workdir)):
+    if not (manifest := checkpoint.Run(workdir).manifest()):
         return
     if changed := configs.differences(ConfigDict(manifest["config"]), ConfigDict(json.loads(config.to_json()))):
         raise UserError(
@@ -283,15 +224,11 @@ def _check_workdir(config: ConfigDict, workdir: str) -> None:
         )
 
 
-def read_manifest(workdir: str) -> dict[str, Any] | None:
-    """The manifest of the run in `workdir`, if there is one."""
-    path = places.find(workdir) / "manifest.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 def _manifest(config, student, train_data, validation_data, teacher, scorer) -> dict[str, Any]:
     def helper(h: Helper | None):
-        return h and {"directory": str(h.directory), "model": dataclasses.asdict(h.model), "data": h.manifest["data"]}
+        return h and {
+            "directory": str(h.saved.directory), "model": dataclasses.asdict(h.model), "data": h.saved.manifest["data"]
+        }  # fmt: skip
 
     return {
         "config": json.loads(config.to_json()),

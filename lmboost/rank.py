@@ -1,5 +1,11 @@
-"""Rank and column mass of a checkpoint's attention as a table, numbers and a plot."""
+"""Which layers attend with rank one: rank and column mass of every head as a table, numbers and a plot.
 
+    python -m lmboost.rank --checkpoint=RUN_OR_CHECKPOINT_OR_hf:DIR --out=DIR [--data=DIR]
+
+How they are measured, and what they say about how many layers to inherit: surgery/attention_rank.py.
+"""
+
+import argparse
 import json
 import os
 
@@ -7,9 +13,10 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from lmboost import generate, sharding
+from lmboost import sharding
+from lmboost.checkpoint import Saved
 from lmboost.data import loader
-from lmboost.errors import UserError
+from lmboost.errors import UserError, exit_on_user_error
 from lmboost.surgery import attention_rank
 
 COLOURS = ("#0072B2", "#D55E00")
@@ -18,27 +25,24 @@ COLOURS = ("#0072B2", "#D55E00")
 def write(checkpoint: str, out: str, data: str = "", step: int = -1, rows: int = 100, tokens: int = 100) -> None:
     """Measures `rows` sequences of `tokens` tokens; writes OUT/rank.md, OUT/rank.json and OUT/rank.png.
 
-    data: empty is what the model was trained on; the sequences are the first of its validation split.
+    data: empty is what the model was validated on; the sequences are the first of its validation split.
 
     Raises a UserError where layers have unequal numbers of heads: there is no table of them.
     """
+    saved = Saved.find(checkpoint, step)
+    model = saved.model_for(dtype="float32")
+    if len(heads := {sizes.num_heads for sizes in model.sizes}) > 1:
+        raise UserError(
+            f"--checkpoint={checkpoint!r} has layers of {', '.join(map(str, sorted(heads)))} heads "
+            f"(layer_sizes={model.layer_sizes!r}), and ranks are compared between layers of equally many: measure the "
+            "model that it was cut from."
+        )
+    spec = saved.data_or_own(data)
+    saved.check_tokenizer(loader.info(spec, "validation"))
     # One device: decompositions on several CPU devices at once can wait for each other for ever (jaxlib 0.10.2).
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-        loaded = generate.load_model(checkpoint, step, mesh, "float32")
-        if len(heads := {sizes.num_heads for sizes in loaded.model.sizes}) > 1:
-            raise UserError(
-                f"--checkpoint={checkpoint!r} has layers of {', '.join(map(str, sorted(heads)))} heads "
-                f"(layer_sizes={loaded.model.layer_sizes!r}), and ranks are compared between layers of equally many: "
-                "measure the model that it was cut from."
-            )
-        trained_on = (loaded.manifest.get("config") or {}).get("data", {}).get("train", "")
-        spec = data or trained_on
-        if not spec:
-            raise UserError(f"--data is empty, and {checkpoint!r} does not say what it was trained on: give the data.")
-        if loader.info(spec, "validation").tokenizer_fingerprint != loaded.manifest["data"]["tokenizer"]:
-            raise UserError(f"--data={spec!r} was prepared with another tokenizer than the model in {checkpoint}.")
-        ranks = attention_rank.measure(loaded.model, loaded.params, sequences(spec, rows, tokens))
+        ranks = attention_rank.measure(model, saved.load(mesh), sequences(spec, rows, tokens))
     os.makedirs(out, exist_ok=True)
     with open(f"{out}/rank.json", "w") as file:
         json.dump({"rank": ranks.rank.tolist(), "columns": ranks.columns.tolist(), "lazy": ranks.lazy}, file, indent=1)
@@ -96,3 +100,21 @@ def plot(ranks: attention_rank.Ranks, path: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)
     figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or hf:DIR")
+    parser.add_argument("--out", required=True, help="a directory for the table, the numbers and the plot")
+    parser.add_argument("--data", default="", help="prepared data; empty is what the model was trained on")
+    parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
+    parser.add_argument("--rows", type=int, default=100, help="sequences that are averaged")
+    parser.add_argument("--tokens", type=int, default=100, help="of a sequence")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
+    flags = vars(parser.parse_args())
+    show_traceback = flags.pop("traceback")
+    exit_on_user_error(lambda: write(**flags), show_traceback)
+
+
+if __name__ == "__main__":
+    main()

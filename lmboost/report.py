@@ -20,6 +20,7 @@ import rich.markup
 import rich.table
 from etils import epath
 
+from lmboost import checkpoint
 from lmboost.errors import UserError, exit_on_user_error
 from lmboost.run import goodput, metrics, progress
 
@@ -96,13 +97,7 @@ def name_of(directory: str) -> str:
 
 
 def _fingerprint(directory: str) -> Any:
-    path = epath.Path(directory) / "manifest.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_bytes()).get("data", {}).get("fingerprint")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} is not a manifest: expected a JSON object. Was it edited by hand?") from error
+    return (checkpoint.Run(directory).manifest() or {}).get("data", {}).get("fingerprint")
 
 
 def training_flops(directory: str) -> float:

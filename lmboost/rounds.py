@@ -45,8 +45,7 @@ def grow(
     The config is the recipe of every round; its number of layers and its `init` are set here. What the others are, the
     flags say; noise of an evaluation, over `last` of which is averaged, is 0.01 to 0.03 on OpenWebText.
     """
-    directory = checkpoint.find(reference, field="--reference")
-    depth = checkpoint.read_manifest(directory)["model"]["num_layers"]
+    depth = checkpoint.Saved.find(reference, field="--reference").model.num_layers
     first = first or -(-depth // 2)
     if not 1 <= first <= depth:
         raise UserError(f"--first={first}: the reference has {depth} layers; give 1 to {depth}, or 0 for half of them.")

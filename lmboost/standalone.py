@@ -8,14 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from etils import epath
-
 from lmboost import checkpoint
 from lmboost.data import records
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError
 from lmboost.hf import reader, tokenizer_files
-from lmboost.models.model_config import ModelConfig
 
 
 def find_target(out: str) -> pathlib.Path:
@@ -55,22 +52,3 @@ def write_checkpoint(
     checkpoint.save_params(directory, params, manifest | about)
     if tokenizer:
         tokenizer_files.copy(tokenizer, directory / "tokenizer")
-
-
-def find_tokenizer(
-    directory: epath.Path, manifest: dict[str, Any], given: str, model: ModelConfig, needed: bool
-) -> tokenizers.Tokenizer | None:
-    """The model's tokenizer, which the manifest then names. A checkpoint can do without; a Hub directory can't.
-
-    given: for `tokenizer.load`; empty is the one beside the model, or of the data that it was trained on.
-    """
-    if not needed and not given and manifest["data"]["tokenizer"] is None:
-        return None
-    coder = tokenizers.find_for(directory, manifest, given)
-    if coder.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer in {coder.path} has {coder.vocab_size} pieces, more than the model's "
-            f"vocab_size={model.vocab_size}: give the one that it was trained with as --tokenizer."
-        )
-    manifest["data"] |= {"tokenizer": coder.fingerprint}
-    return coder

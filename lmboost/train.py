@@ -21,7 +21,6 @@ of all threads; anything else a crash. Launchers start the same command again un
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import sys
@@ -35,12 +34,11 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start  # fmt: skip
+from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher  # fmt: skip
 from lmboost.data import loader, tokenizer
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
-from lmboost.models import transformer
 from lmboost.run import goodput, guard, lock, processes
-from lmboost.run.checkpointer import Checkpointer
+from lmboost.run.checkpointer import Checkpointer, check_fingerprints, restore_state
 from lmboost.run.log import Parts, RunLog, Settings
 from lmboost.run.logdir import LogDir
 from lmboost.run.metrics import take_over
@@ -92,7 +90,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if first >= c.steps:
                 say(f"the run in {workdir} is finished: {c.steps} steps")
                 return state
-            helpers = _load_helpers(run, first, mesh)
+            needed = {name: run.helpers()[name] for name in run.needed(first)}
+            helpers = teacher.load(needed, mesh, c.teacher.dtype, c.seed + 1 if c.teacher.random else None)
             manifest = _write_manifest(run, helpers, workdir)
         clock.begin(first)
         asked = Settings(c.steps, c.batch_size * c.seq_len, run.flops, c.max_nonfinite, **c.log)
@@ -191,62 +190,44 @@ def _start(
     found, origin = checkpointer.restore(like, shardings), "own checkpoint"
     if not found and resume:
         directory, origin = checkpoint.find(resume, c.resume.step, "resume.path"), "resume.path"
-        state, position = checkpoint.restore_state(directory, like, shardings)
-        checkpoint.check_fingerprints(directory, state, position)
+        state, position = restore_state(directory, like, shardings)
+        check_fingerprints(directory, state, position)
         found = state, position, position["step"]
     if found:
         state, position, step = found
         evaluated = position.pop("evaluated", True)
         run.check_position(position, f"the {origin} of step {step}")
-        if origin == "resume.path":
-            take_over(log_dir.path, directory, step)
+        if origin == "resume.path" and (old := checkpoint.Run.of(directory)):
+            take_over(log_dir.path, old.workdir, step)
         say(f"start: {origin}, step {step}")
         return state, step, evaluated
     state = jax.jit(fresh, out_shardings=shardings)()
     if init:
-        params, remarks = start.from_init(run, state.params["model"], mesh)
+        parent = checkpoint.Saved.find(init, c.init.step, "init.path")
+        params, remarks = start.from_init(
+            parent, c.init.kind, c.init.layers, c.init.fresh, run.student, run.train_data, state.params["model"], mesh
+        )
         state = state.replace(params=state.params | {"model": params})
         for remark in remarks:
             say(f"init.path: {remark}")
-        say(f"start: init.path {checkpoint.find(init, c.init.step, 'init.path')}, step 0")
+        say(f"start: init.path {parent.directory}, step 0")
     else:
         say(f"start: random parameters, seed {c.seed}, step 0")
     return state, 0, True
 
 
-def _load_helpers(run: plan.Plan, step: int, mesh: Mesh) -> dict[str, Any]:
-    """Parameters of teacher and scorer, in their own dtype, spread over the mesh. One copy if they are one model."""
-    loaded, dtype = {}, run.config.teacher.dtype
-    for name in sorted(run.needed(step)):
-        helper = getattr(run, name)
-        same = [other for other in loaded if getattr(run, other).directory == helper.directory]
-        if same:
-            loaded[name] = loaded[same[0]]
-            say(f"{name}: the same parameters as the {same[0]}")
-            continue
-        init = functools.partial(transformer.init, helper.model, jax.random.key(run.config.seed + 1))
-        like = jax.eval_shape(init)
-        if run.config.teacher.random:
-            cast = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))
-            loaded[name] = jax.device_put(cast(init()), sharding.tree_sharding(like, mesh))
-        else:
-            loaded[name] = checkpoint.load_params(helper.directory, like, mesh, dtype)
-        origin = "random parameters" if run.config.teacher.random else helper.directory
-        say(f"{name}: {helper.model.num_params():,} parameters in {dtype}, {origin}")
-    return loaded
-
-
 def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> dict[str, Any]:
     """Writes WORKDIR/manifest.json, with the fingerprints of the helpers; they must be those of an earlier start."""
-    manifest, path = dict(run.manifest), places.find(workdir) / "manifest.json"
-    old = plan.read_manifest(workdir) or {}
+    manifest, place = dict(run.manifest), checkpoint.Run(workdir)
+    path, old = place.manifest_path, place.manifest() or {}
     for name, params in helpers.items():
         mark = checkpoint.fingerprint(params)
         before = (old.get(name) or {}).get("fingerprint", mark)
         if before != mark:
             raise UserError(
-                f"the {name} in {getattr(run, name).directory} is not the one that the run in {workdir} was started "
-                f"with (fingerprint {before[:12]}, now {mark[:12]}): give the same checkpoint, or another workdir."
+                f"the {name} in {getattr(run, name).saved.directory} is not the one that the run in {workdir} was "
+                f"started with (fingerprint {before[:12]}, now {mark[:12]}): give the same checkpoint, or another "
+                "workdir."
             )
         manifest[name] = manifest[name] | {"fingerprint": mark}
     for name in ("teacher", "scorer"):  # not needed any more, and not loaded

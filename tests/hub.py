@@ -48,7 +48,7 @@ def write(directory, model: ModelConfig = LLAMA, dtype: str = "float32", max_sha
     tokenizer = tokenizer_lib.load(write_tokenizer(directory))
     params = random_params(model)
     manifest = {"model": vars(model), "data": {"tokenizer": tokenizer.fingerprint}}
-    writer.export(directory, params, manifest, _elsewhere(tokenizer, directory), dtype, max_shard_bytes)
+    writer.export(directory, model, params, manifest, _elsewhere(tokenizer, directory), dtype, max_shard_bytes)
     return params
 
 

@@ -13,8 +13,6 @@ import pytest
 from lmboost import checkpoint, convert, evaluate, train
 from lmboost.errors import UserError
 from lmboost.hf import reader
-from lmboost.models import transformer
-from lmboost.models.model_config import ModelConfig
 from tests import hub, runs
 
 SHORT = "--config.steps=2"
@@ -40,10 +38,8 @@ def published(home, workdir):
 
 
 def load(path, **changes):
-    directory = checkpoint.find(str(path))
-    model = ModelConfig(**checkpoint.read_manifest(directory)["model"] | changes)
-    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    return jax.device_get(checkpoint.load_params(directory, like, hub.one_device()))
+    saved = checkpoint.Saved.find(str(path))
+    return jax.device_get(saved.load(hub.one_device(), model=dataclasses.replace(saved.model, **changes)))
 
 
 def assert_same(a, b):
@@ -54,7 +50,7 @@ def test_a_run_is_written_without_what_only_training_needs(workdir, published):
     """Without padded rows; the same numbers otherwise."""
     names = {path.name for path in published.iterdir()}
     assert names >= {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "README.md"}
-    manifest = checkpoint.read_manifest(checkpoint.find(f"hf:{published}"))
+    manifest = checkpoint.Saved.find(f"hf:{published}").manifest
     there = json.loads((workdir / "manifest.json").read_text())
     assert manifest["data"]["tokenizer"] == there["data"]["tokenizer"] and "config" not in manifest
     card = (published / "README.md").read_text()
@@ -109,10 +105,10 @@ def test_a_start_from_it_is_the_model(home, recipe, data, published, monkeypatch
     """Before the first step; what the student computes otherwise is said."""
     seen = []
 
-    def stop(run, start, mesh):
+    def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "_load_helpers", stop)
+    monkeypatch.setattr(train.teacher, "load", stop)
     started = train._start
     monkeypatch.setattr(train, "_start", lambda *a: seen.append(started(*a)) or seen[-1])
     with pytest.raises(KeyboardInterrupt):
@@ -179,10 +175,10 @@ def test_a_tokenizer_is_asked_for_where_one_is_needed(tmp_path, home, recipe, da
             "--config.objective.kd.weight=0.5",
         )  # fmt: skip
     convert.convert(source, str(tmp_path / "bare"))
-    assert checkpoint.read_manifest(checkpoint.find(str(tmp_path / "bare")))["data"]["tokenizer"] is None
+    assert checkpoint.Saved.find(str(tmp_path / "bare")).tokenizer_fingerprint is None
     convert.convert(source, str(tmp_path / "given"), tokenizer=f"{data}/tokenizer")
-    manifest = checkpoint.read_manifest(checkpoint.find(str(tmp_path / "given")))
-    assert len(manifest["data"]["tokenizer"]) == 64 and (tmp_path / "given" / "tokenizer").is_dir()
+    given = checkpoint.Saved.find(str(tmp_path / "given"))
+    assert len(given.tokenizer_fingerprint) == 64 and (tmp_path / "given" / "tokenizer").is_dir()
     hub.write_tokenizer(tmp_path / "large", 330)
     with pytest.raises(UserError, match="has 330 pieces, more than the model's vocab_size=320"):
         convert.convert(source, str(tmp_path / "out"), tokenizer=str(tmp_path / "large"))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from lmboost import checkpoint, generate, sharding
 from lmboost.data import tokenizer as tokenizers
@@ -209,28 +210,29 @@ def test_the_verb_continues_text(trained, capsys, monkeypatch):
     assert all(len(text) > 8 for text in texts)
     again = generate.generate(str(trained / "run"), ["7 ", "1 ab", "2 ba"], 9, fsdp=2, tensor=2)
     assert again == [text.removesuffix("\n") for text in texts]
-    drawn = functools.partial(generate.generate, str(trained / "run"), ["1 ab"], 20, Sampling(1.0))
+    drawn = functools.partial(generate.generate, str(trained / "run"), ["1 ab"], 20, temperature=1.0)
     assert drawn(seed=1) == drawn(seed=1) != drawn(seed=2)
 
 
 def test_the_tokenizer_is_found(trained, tmp_path):
-    directory = checkpoint.find(str(trained / "run"))
-    manifest = checkpoint.read_manifest(directory)
-    in_data = tokenizers.find_for(directory, manifest)
+    saved = checkpoint.Saved.find(str(trained / "run"))
+    in_data = saved.tokenizer()
     assert in_data.path.parent == trained / "data0" / "tokenizer"
-    homeless = manifest | {"config": {"data": {"train": str(tmp_path / "gone")}}}
+    manifest = saved.manifest | {"config": {"data": {"train": str(tmp_path / "gone")}}}
+    homeless = dataclasses.replace(saved, manifest=manifest)
     with pytest.raises(UserError, match="--tokenizer is empty, and no tokenizer was found: neither tokenizer.model"):
-        tokenizers.find_for(directory, homeless)
-    assert tokenizers.find_for(directory, homeless, str(in_data.path)).fingerprint == in_data.fingerprint
+        homeless.tokenizer()
+    assert homeless.tokenizer(str(in_data.path)).fingerprint == in_data.fingerprint
     other = tokenizers.train(
         ["other text than the model was trained with, and more of it " * 50], 300, tmp_path / "other.model"
     )
     with pytest.raises(UserError, match="is not the one that the model in .* was trained with"):
-        tokenizers.find_for(directory, manifest, str(other.path))
+        saved.tokenizer(str(other.path))
     in_data.save(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "8").mkdir(parents=True)
-    beside = tokenizers.find_for(tmp_path / "run" / "checkpoints" / "8", homeless)
-    assert beside.path.parent == tmp_path / "run"
+    beside = dataclasses.replace(homeless, directory=epath.Path(tmp_path / "run" / "checkpoints" / "8"))
+    assert beside.tokenizer().path.parent == tmp_path / "run"
+    with pytest.raises(UserError, match="has 320 pieces, more than the model's vocab_size=319"):
+        dataclasses.replace(saved, model=dataclasses.replace(saved.model, vocab_size=319)).tokenizer()
 
 
 def test_an_empty_prompt_is_the_begin_of_a_document(trained, tmp_path):

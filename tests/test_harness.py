@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lmboost import evaluate, generate, sharding
+from lmboost import checkpoint, evaluate, sharding
 from lmboost.data import tokenizer as tokenizers_of
 from lmboost.errors import UserError
 from lmboost.models import transformer
@@ -279,10 +279,10 @@ def evaluated(lm, tasks):
 def test_the_numbers_of_the_harness_own_model(harness, hub, tasks, references):
     mesh = sharding.make_mesh(4, 1, 2)
     with jax.set_mesh(mesh):
-        loaded = generate.load_model(f"hf:{hub}", -1, mesh, "float32")
-        coder = tokenizers_of.find_for(loaded.directory, loaded.manifest)
+        saved = checkpoint.Saved.find(f"hf:{hub}")
+        model, coder = saved.model_for(dtype="float32"), saved.tokenizer()
         assert coder.adds_bos
-        found, answers = evaluated(harness.LanguageModel(loaded.model, loaded.params, mesh, coder), tasks)
+        found, answers = evaluated(harness.LanguageModel(model, saved.load(mesh), mesh, coder), tasks)
     assert found == pytest.approx(references[0], rel=1e-3) and len(found) == 5
     for name, per_document in answers.items():
         for ours, theirs in zip(per_document, references[1][name], strict=True):
@@ -316,7 +316,7 @@ def test_validation_loss_of_a_model_from_the_hub(hub, tmp_path):
     assert found == pytest.approx(evaluate.evaluate(f"hf:{hub}", data, batches=2, batch_size=8, seq_len=64))
     with pytest.raises(UserError, match="--data is empty, and nothing in .* says which data to take"):
         evaluate.evaluate(f"hf:{hub}")
-    with pytest.raises(UserError, match="was prepared with another tokenizer"):
+    with pytest.raises(UserError, match="--checkpoint: the model in .* was trained with another tokenizer"):
         evaluate.evaluate(f"hf:{hub}", runs.write_data(tmp_path, seed=1))
 
 

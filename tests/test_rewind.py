@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from lmboost import checkpoint
 from lmboost.data import loader
 from lmboost.errors import UserError
 from lmboost.run import metrics
@@ -87,19 +88,17 @@ def test_a_checkpoint_that_was_not_kept_is_named(tmp_path, recipe, data, first):
 
 
 def test_numbers_are_taken_over_once(tmp_path):
-    run, step = tmp_path / "run", epath.Path(tmp_path / "run" / "checkpoints" / "2")
-    step.mkdir(parents=True)
-    metrics.take_over(str(tmp_path / "a"), step, 2)
+    run = checkpoint.Run.of(epath.Path(tmp_path / "run" / "checkpoints" / "2")).workdir
+    assert run == epath.Path(tmp_path / "run") and checkpoint.Run.of(tmp_path / "elsewhere" / "2") is None
+    run.mkdir()
+    metrics.take_over(str(tmp_path / "a"), run, 2)
     assert not (tmp_path / "a").exists(), "a run without numbers has none to give"
     (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "lo')
-    metrics.take_over(str(tmp_path / "a"), step, 2)
+    metrics.take_over(str(tmp_path / "a"), run, 2)
     assert lines(tmp_path / "a") == [{"step": 1}, {"step": 2}]
     (tmp_path / "a" / "metrics.jsonl").write_text('{"step": 1}\n')
-    metrics.take_over(str(tmp_path / "a"), step, 3)
+    metrics.take_over(str(tmp_path / "a"), run, 3)
     assert lines(tmp_path / "a") == [{"step": 1}], "the run has numbers of its own"
-    shutil.copytree(step, tmp_path / "elsewhere" / "2")
-    metrics.take_over(str(tmp_path / "b"), epath.Path(tmp_path / "elsewhere" / "2"), 2)
-    assert not (tmp_path / "b").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="resume.path: .*metrics.jsonl cannot be copied to .*file"):
-        metrics.take_over(str(tmp_path / "file"), step, 2)
+        metrics.take_over(str(tmp_path / "file"), run, 2)

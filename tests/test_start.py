@@ -9,12 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from lmboost import checkpoint, convert, evaluate, rounds, sharding, standalone
+from lmboost import checkpoint, convert, evaluate, rounds, standalone
 from lmboost.config import load
 from lmboost.errors import UserError
-from lmboost.models import transformer
-from lmboost.models.model_config import ModelConfig
-from lmboost.surgery import files
 from tests import hub, runs
 
 DEPTH = "--config.model.num_layers=4"
@@ -27,10 +24,7 @@ def reference(home, recipe, data):
 
 
 def params_of(directory):
-    found = checkpoint.find(str(directory))
-    model = ModelConfig(**checkpoint.read_manifest(found)["model"])
-    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    return checkpoint.load_params(found, like, sharding.make_mesh(devices=jax.devices()[:1]))
+    return checkpoint.Saved.find(str(directory)).load(hub.one_device())
 
 
 def same(a, b):
@@ -77,13 +71,14 @@ def test_what_does_not_fit_is_named(tmp_path, recipe, data, reference, overrides
 
 
 def manifest_of(directory):
-    return checkpoint.read_manifest(checkpoint.find(str(directory)))
+    return checkpoint.Saved.find(str(directory)).manifest
 
 
 def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, reference):
     """Random parts, too, are those of a run with the same seed."""
     said = []
-    files.write_inherited(reference, "0,3", str(home / "made"), "head,final_norm", seed=5, report=said.append)
+    some = {"layers": "0,3", "fresh": "head,final_norm", "seed": 5}
+    convert.convert(reference, str(home / "made"), **some, report=said.append)
     assert said == [
         "layers: of the parent's 0,3", "embedding: inherited", "final_norm: random", "head: random",
         f"{reference} -> {home / 'made'}",
@@ -102,7 +97,7 @@ def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, re
 
 
 def test_all_layers_are_the_parent_and_it_stands_wherever_a_checkpoint_can(home, recipe, data, reference):
-    files.write_inherited(reference, "0-3", str(home / "whole"), report=lambda _: None)
+    convert.convert(reference, str(home / "whole"), layers="0-3", report=lambda _: None)
     same(params_of(home / "whole"), params_of(reference))
     spec = data.removeprefix("--config.data.train=")
     expected = evaluate.evaluate(reference, batches=2, seq_len=32)
@@ -116,12 +111,27 @@ def test_all_layers_are_the_parent_and_it_stands_wherever_a_checkpoint_can(home,
 
 def test_layers_of_a_hub_directory(tmp_path):
     params = hub.write(tmp_path / "hub", dataclasses.replace(hub.LLAMA, num_layers=3, vocab_multiple=8))
-    files.write_inherited(f"hf:{tmp_path / 'hub'}", "0,2", str(tmp_path / "out"), report=lambda _: None)
+    convert.convert(f"hf:{tmp_path / 'hub'}", str(tmp_path / "out"), layers="0,2", report=lambda _: None)
     child = params_of(tmp_path / "out")
     same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 2])], params["layers"]))
     same(child["embed"]["embedding"], params["embed"]["embedding"][: hub.VOCAB])
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
     assert manifest_of(tmp_path / "out")["data"] == manifest_of(f"hf:{tmp_path / 'hub'}")["data"]
+    convert.convert(f"hf:{tmp_path / 'hub'}", f"hf:{tmp_path / 'back'}", layers="0,2", report=lambda _: None)
+    same(params_of(f"hf:{tmp_path / 'back'}"), child)
+
+
+def test_layers_in_another_dtype_with_a_part_at_random(tmp_path):
+    """What is inherited is rounded once, what is drawn too."""
+    params, out = hub.write(tmp_path / "hub", hub.LLAMA), str(tmp_path / "out")
+    some = {"layers": "1", "fresh": "head", "dtype": "bfloat16"}
+    convert.convert(f"hf:{tmp_path / 'hub'}", out, **some, report=lambda _: None)
+    saved = checkpoint.Saved.find(out)
+    stored = checkpoint.tree_metadata(saved.directory, "params")
+    assert {x.dtype for x in jax.tree.leaves(stored)} == {jax.numpy.bfloat16}
+    child = jax.device_get(saved.load(hub.one_device(), "bfloat16"))
+    same(child["layers"], jax.tree.map(lambda x: np.asarray(x[1:2], "bfloat16"), params["layers"]))
+    assert np.abs(child["head"] - np.asarray(params["head"], "bfloat16")).max() > 1e-3
 
 
 def test_layers_of_unequal_sizes(tmp_path):
@@ -129,16 +139,16 @@ def test_layers_of_unequal_sizes(tmp_path):
     params = hub.random_params(model)
     manifest = {"model": dataclasses.asdict(model), "data": {"tokenizer": None}}
     checkpoint.save_params(tmp_path / "parent", params, manifest)
-    files.write_inherited(str(tmp_path / "parent"), "1-3", str(tmp_path / "out"), report=lambda _: None)
+    convert.convert(str(tmp_path / "parent"), str(tmp_path / "out"), layers="1-3", report=lambda _: None)
     child, made = params_of(tmp_path / "out"), manifest_of(tmp_path / "out")["model"]
     same(child["layers"], {"0": params["layers"]["1"], "1": params["layers"]["2"]})
     assert made == manifest["model"] | {"num_layers": 3, "layer_sizes": "2*2/1/8/32,4/2/8/40", "mlp_dim": 40}
-    done = surgery("rank", f"--checkpoint={tmp_path / 'out'}", f"--out={tmp_path / 'rank'}")
+    done = verb("rank", f"--checkpoint={tmp_path / 'out'}", f"--out={tmp_path / 'rank'}")
     assert done.returncode == 2 and "has layers of 2, 4 heads" in done.stderr and "Traceback" not in done.stderr
 
 
-def surgery(*arguments):
-    command = [sys.executable, "-m", "lmboost.surgery", *arguments]
+def verb(name, *arguments):
+    command = [sys.executable, "-m", f"lmboost.{name}", *arguments]
     return subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True, check=False)
 
 
@@ -148,22 +158,23 @@ def surgery(*arguments):
         ({"layers": "0-4"}, "--layers='0-4': there is no layer 4; the parent has layers 0 to 3"),
         ({"layers": "2,1"}, "--layers='2,1': layers must be named once, in the parent's order"),
         ({"layers": "1,1"}, "--layers='1,1': layers must be named once"),
-        ({"layers": ""}, "--layers='': '' is neither a layer nor a range"),
+        ({"layers": ","}, "--layers=',': '' is neither a layer nor a range"),
+        ({"layers": "", "fresh": "head"}, "--source='.*' and --out='.*' are both checkpoints"),
+        ({"layers": "", "fresh": "head", "out": "hf:out"}, "--fresh='head' needs --layers"),
         ({"fresh": "heads"}, r"--fresh='heads' is not known \(did you mean 'head'\?\)"),
-        ({"step": 3}, "--parent='.*', step 3: it has steps"),
-        ({"parent": "/nowhere"}, "--parent='/nowhere' is neither a run"),
-        ({"out": "hf:out"}, "--out='hf:out': a checkpoint is written; lmboost.convert makes"),
+        ({"step": 3}, "--source='.*', step 3: it has steps"),
+        ({"source": "/nowhere"}, "--source='/nowhere' is neither a run"),
         ({"out": "REFERENCE"}, "exists and is not empty"),
         ({"tokenizer": "OTHER"}, "is not the one that the model"),
     ],
 )
 def test_what_no_checkpoint_is_made_of_is_named(tmp_path, reference, changes, message):
-    fields = {"parent": reference, "layers": "0-1", "out": str(tmp_path / "out")} | changes
+    fields = {"source": reference, "layers": "0-1", "out": str(tmp_path / "out")} | changes
     if changes.get("tokenizer"):
         fields["tokenizer"] = str(hub.write_tokenizer(tmp_path / "other"))
     fields["out"] = fields["out"].replace("REFERENCE", reference)
     with pytest.raises(UserError, match=message):
-        files.write_inherited(**fields)
+        convert.convert(**fields)
     assert not list(tmp_path.glob("out*"))
 
 
@@ -173,18 +184,23 @@ def test_a_full_disk_leaves_nothing(tmp_path, reference, monkeypatch):
 
     monkeypatch.setattr(standalone.tokenizer_files, "copy", full)
     with pytest.raises(UserError, match=f"no space left for {tmp_path / 'out'}"):
-        files.write_inherited(reference, "0-1", str(tmp_path / "out"))
+        convert.convert(reference, str(tmp_path / "out"), layers="0-1")
     assert not list(tmp_path.iterdir())
 
 
-def test_the_inherit_verb(tmp_path, reference):
-    command = ["inherit", f"--parent={reference}", "--layers=0-1", f"--out={tmp_path / 'out'}", "--step=6"]
-    done = surgery(*command)
+def test_the_verb(tmp_path, reference):
+    command = ["convert", f"--source={reference}", "--layers=0-1", f"--out={tmp_path / 'out'}", "--step=6"]
+    done = verb(*command)
     assert done.returncode == 0 and done.stdout.startswith("layers: of the parent's 0-1\nembedding: inherited\n")
-    done = surgery(*command)
+    done = verb(*command)
     assert done.returncode == 2 and "error: --out=" in done.stderr and "Traceback" not in done.stderr
-    done = surgery("inherits")
-    assert done.returncode == 2 and "did you mean 'inherit'?): expected rank or grow or inherit" in done.stderr
+
+
+@pytest.mark.parametrize(("old", "new"), [("grow", "rounds"), ("rank", "rank"), ("inherit", "convert")])
+def test_the_old_verbs_name_the_new_ones(old, new):
+    done = verb("surgery", old, "--anything=1")
+    assert done.returncode == 2 and done.stderr.count("python -m lmboost.") == 1 and done.stdout == ""
+    assert f"python -m lmboost.{new} " in done.stderr and "Traceback" not in done.stderr
 
 
 def test_rounds_until_the_reference_is_met(tmp_path, recipe, data, reference):
@@ -218,11 +234,11 @@ def test_grow_names_what_does_not_fit(tmp_path, recipe, data, reference):
 
 
 def test_the_rank_verb_writes_table_numbers_and_plot(tmp_path, reference):
-    command = [sys.executable, "-m", "lmboost.surgery", "rank", f"--checkpoint={reference}", f"--out={tmp_path}"]
-    subprocess.run([*command, "--rows=8", "--tokens=16"], cwd=runs.ROOT, check=True)
+    command = ["rank", f"--checkpoint={reference}", f"--out={tmp_path}"]
+    assert verb(*command, "--rows=8", "--tokens=16").returncode == 0
     numbers = json.loads((tmp_path / "rank.json").read_text())
     assert np.shape(numbers["rank"]) == np.shape(numbers["columns"]) == (4, 2)
     assert "To inherit: layers 0 to" in (tmp_path / "rank.md").read_text()
     assert (tmp_path / "rank.png").stat().st_size > 5_000
-    done = subprocess.run([*command, "--rows=8000"], cwd=runs.ROOT, capture_output=True, text=True, check=False)
+    done = verb(*command, "--rows=8000")
     assert done.returncode == 2 and "Ask for fewer or shorter ones" in done.stderr

@@ -16,8 +16,7 @@ import pytest
 
 from lmboost import checkpoint, evaluate, train
 from lmboost.errors import UserError
-from lmboost.models import model_config
-from lmboost.run import log
+from lmboost.run import checkpointer, log
 from tests import runs
 
 
@@ -43,7 +42,7 @@ def same(a, b):
 
 def restored(workdir, like):
     directory = checkpoint.find(str(workdir))
-    return checkpoint.restore_state(directory, like, jax.tree.map(lambda x: x.sharding, like))[0]
+    return checkpointer.restore_state(directory, like, jax.tree.map(lambda x: x.sharding, like))[0]
 
 
 def content(directory):
@@ -80,20 +79,12 @@ def test_the_teacher_is_unchanged_and_in_no_checkpoint(home, helped):
     workdir, state = helped
     fingerprint = json.loads((workdir / "manifest.json").read_text())["teacher"]["fingerprint"]
     before = content(home / "teacher" / "checkpoints")
-    directory = checkpoint.find(str(home / "teacher"))
-    params = checkpoint.load_params(directory, _teacher_shapes(directory), _mesh(), "bfloat16")
+    params = checkpoint.Saved.find(str(home / "teacher")).load(_mesh(), "bfloat16")
     assert checkpoint.fingerprint(params) == fingerprint and content(home / "teacher" / "checkpoints") == before
     expected = sum(x.size for x in jax.tree.leaves(state))
     for step in (workdir / "checkpoints").iterdir():
         found = [checkpoint.tree_metadata(step, part) for part in ("params", "training")]
         assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(found)) == expected
-
-
-def _teacher_shapes(directory):
-    from lmboost.models import transformer
-
-    model = model_config.ModelConfig(**checkpoint.read_manifest(directory)["model"])
-    return jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
 
 
 def _mesh():

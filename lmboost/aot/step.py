@@ -15,6 +15,7 @@ from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import preset
 from lmboost.objective import terms
+from lmboost.teacher import Helper
 from lmboost.train_step import init_state, jit_train_step
 
 
@@ -37,10 +38,10 @@ def teacher_of(c: ConfigDict, recipe: str, named: str = "") -> ModelConfig | Non
 def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> plan.Plan:
     """The plan of a run on TPUs, without data or checkpoints: no program depends on them. The teacher scores, too."""
     plan.check_numbers(c, num_devices)
-    student, helper = plan.check_model(c, ModelConfig(**c.model), "model", "tpu"), None
+    student, helper = ModelConfig(**c.model).fit(c.seq_len, "tpu"), None
     if teacher:
         model = dataclasses.replace(teacher, dtype=c.teacher.dtype, remat="none", attention="auto")
-        helper = plan.Helper(None, plan.check_model(c, model, "the teacher's model", "tpu"), {})
+        helper = Helper(None, model.fit(c.seq_len, "tpu", "the teacher's model"))
     return plan.outline(c, student, helper, helper)
 
 

@@ -11,8 +11,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
@@ -189,60 +188,6 @@ def load(path: str | os.PathLike) -> Tokenizer:
             f"or a directory that holds one of them."
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
-
-
-def find_for(
-    directory: str | os.PathLike, manifest: Mapping[str, Any], given: str = "", field: str = "--tokenizer"
-) -> Tokenizer:
-    """The tokenizer of a model.
-
-    Args:
-      directory: the model's checkpoint, or a Hub directory.
-      manifest: its manifest. Where that has the tokenizer's fingerprint, another tokenizer is a UserError.
-      given: what the user gave as `field`, a path for `load`. Empty: the file beside the checkpoint, else the one
-        of the data that the model was trained on.
-    """
-    data = manifest.get("data") or {}
-    if given:
-        found, path = load(os.path.expanduser(given)), given
-    else:
-        path = _beside(directory) or _of_data(manifest)
-        if not path:
-            raise UserError(
-                f"{field} is empty, and no tokenizer was found: neither {' nor '.join(FILE_NAMES.values())} lies "
-                f"beside the model in {directory}, nor is the data there that it was trained on. Give the tokenizer's "
-                "file."
-            )
-        found = load(path)
-    if data.get("tokenizer") not in (None, "", found.fingerprint):
-        raise UserError(
-            f"the tokenizer in {path} ({found.fingerprint[:12]}) is not the one that the model in {directory} was "
-            f"trained with ({data['tokenizer'][:12]}): give that one with {field}."
-        )
-    return found
-
-
-def _beside(directory: str | os.PathLike) -> pathlib.Path | None:
-    """The tokenizer's directory, where the checkpoint or the run that it belongs to has one."""
-    if "://" in str(directory):
-        return None
-    directory = pathlib.Path(directory)
-    run = [directory.parents[1]] if directory.parent.name == "checkpoints" else []
-    for place in (folder for top in (directory, *run) for folder in (top, top / "tokenizer")):
-        if any((place / name).is_file() for name in FILE_NAMES.values()):
-            return place
-    return None
-
-
-def _of_data(manifest: Mapping[str, Any]) -> pathlib.Path | None:
-    """The tokenizer's directory in the data that the manifest's config names."""
-    from lmboost.data import loader  # the loader's libraries are for those who read records
-
-    spec = ((manifest.get("config") or {}).get("data") or {}).get("train")
-    try:
-        return pathlib.Path(loader.info(spec).tokenizer_path) if spec else None
-    except UserError:  # the data is not on this machine
-        return None
 
 
 def train(

@@ -40,6 +40,7 @@ Its manifest:
 
 def export(
     directory: pathlib.Path,
+    model: ModelConfig,
     params: Mapping[str, Any],
     manifest: Mapping[str, Any],
     tokenizer: Tokenizer,
@@ -52,7 +53,6 @@ def export(
     are heads that do not make up the width where they must. Returns a line that says what was written. Raises a
     UserError where no architecture of transformers computes what the model does.
     """
-    model = ModelConfig(**manifest["model"])
     family = family_of(model)
     wide = widen.wide_config(model, family.heads)
     params, model = jax.jit(lambda params: widen.widen(model, params, wide))(params) if wide != model else params, wide

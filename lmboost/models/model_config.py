@@ -19,6 +19,8 @@ QK_NORMS = ("none", "head", "full")
 NORM_PLACEMENTS = ("pre", "post")
 REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+# Fields in which a model may differ from the one that it was made of: they change neither its layers nor its function.
+NEUTRAL = ("dtype", "attention", "remat", "init_std", "vocab_multiple")
 
 
 class LayerSizes(NamedTuple):
@@ -170,6 +172,32 @@ class ModelConfig:
                 "same normalised input."
             )
         return self
+
+    def fit(self, seq_len: int, platform: str, field: str = "model") -> "ModelConfig":
+        """The model with the attention kernel that computes rows of `seq_len` tokens on a platform.
+
+        Raises a UserError, naming `field`, where it is no model, has too few positions, or names a kernel that is not
+        for this.
+        """
+        self.validate(field).check_positions(seq_len, field=field)
+        heads = {sizes.head_dim for sizes in self.sizes}
+        kernel = attention.resolve(self.attention, platform, seq_len, heads, self.dtype, field)
+        return dataclasses.replace(self, attention=kernel)
+
+    def check_positions(self, seq_len: int, length: str = "seq_len", field: str = "the model") -> None:
+        """Raises a UserError where rows are longer than the table of learned positions."""
+        if self.position == "learned" and seq_len > self.max_seq_len:
+            raise UserError(
+                f"{length}={seq_len} is longer than the {self.max_seq_len} learned positions of {field}: shorten the "
+                "rows, or use a model with more positions."
+            )
+
+    def differences(self, other: "ModelConfig") -> list[str]:
+        """The fields in which this model is another one than `other`; NEUTRAL ones are none of them."""
+        # Rotary positions have no table: a model may be trained at other lengths than its parent.
+        free = (*NEUTRAL, "max_seq_len") if self.position == "rope" else NEUTRAL
+        names = (f.name for f in dataclasses.fields(self))
+        return [n for n in names if n not in free and getattr(self, n) != getattr(other, n)]
 
     def _check_sizes(self, field: str) -> None:
         sizes = self.sizes

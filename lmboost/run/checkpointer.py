@@ -4,12 +4,14 @@ A save that fails does not end the run: it is reported and tried again. What eac
 clock) is agreed upon, because all of them save at the same step or none does.
 """
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -32,8 +34,8 @@ class Checkpointer:
     """
 
     def __init__(self, workdir: str, c: ConfigDict, mesh: Mesh):
-        root = places.find(workdir)
-        self.directory, self._root = root / "checkpoints", root
+        self._run = checkpoint.Run(workdir)
+        self.directory = self._run.checkpoints
         self._c, self._wish = c, processes.Wish(mesh)
         self._report_unfinished()
         self._open()
@@ -62,7 +64,7 @@ class Checkpointer:
 
     def finished_steps(self) -> list[int]:
         """Steps of the checkpoints that are there, in ascending order."""
-        return sorted(ocp.utils.checkpoint_steps(self.directory))
+        return self._run.steps()
 
     def restore(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
         """(state, data position, step) of the newest checkpoint that is whole; None if there is no checkpoint.
@@ -71,11 +73,9 @@ class Checkpointer:
         """
         damaged = []
         for step in self.finished_steps()[::-1]:
-            directory = self.directory / str(step)
-            found = self._try(checkpoint.restore_state, directory, like, shardings)
-            error = (
-                found if isinstance(found, Exception) else self._try(checkpoint.check_fingerprints, directory, *found)
-            )
+            directory = self._run.at(step)
+            found = self._try(restore_state, directory, like, shardings)
+            error = found if isinstance(found, Exception) else self._try(check_fingerprints, directory, *found)
             if error:
                 damaged.append((step, error))
                 continue
@@ -105,12 +105,12 @@ class Checkpointer:
         if not damaged:
             return
         for step, error in damaged:
-            target = self._root / f"damaged-{step}"
+            target = self._run.workdir / f"damaged-{step}"
             processes.warn(f"{error} It is put aside as {target}, and the one before it is used.")
             if jax.process_index() == 0:
                 if target.exists():
                     target.rmtree()
-                (self.directory / str(step)).rename(target)
+                self._run.at(step).rename(target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are put aside")
         self._manager.reload()
@@ -132,11 +132,11 @@ class Checkpointer:
         self._settle()
         if self._saved == done and self._failure is None:
             return
-        params, training = checkpoint.split(state)
+        params, training = split(state)
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(params),
             training=ocp.args.StandardSave(training),
-            position=ocp.args.JsonSave(position | {"fingerprints": checkpoint.fingerprints(state)}),
+            position=ocp.args.JsonSave(position | {"fingerprints": fingerprints(state)}),
             manifest=ocp.args.JsonSave(manifest),
         )
         self._saved, self._failure, self._time = done, None, time.monotonic()
@@ -211,3 +211,47 @@ class Checkpointer:
             self._manager.close()
         except Exception as error:
             self._fail(error)
+
+
+def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+    """The items "params" and "training" of a checkpoint: the model's parameters, and what else the run changes."""
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    learned = rest.pop("params")
+    return learned["model"], rest | {name: x for name, x in learned.items() if name != "model"}
+
+
+def _join(params: Any, training: dict[str, Any]) -> TrainState:
+    fields = {field.name for field in dataclasses.fields(TrainState)}
+    learned = {name: x for name, x in training.items() if name not in fields}
+    rest = {name: x for name, x in training.items() if name in fields}
+    return TrainState(params={"model": params} | learned, **rest)
+
+
+def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The whole state in a checkpoint directory, and its data position.
+
+    Each process reads its part. Raises a UserError on other shapes, a Damaged where the files cannot be read.
+    """
+    if not (directory / "training").exists():
+        raise UserError(
+            f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.path."
+        )
+    parts = []
+    for name, tree, layout in zip(("params", "training"), split(like), split(shardings), strict=True):
+        parts.append(checkpoint.restore_tree(directory, name, tree, layout))
+    return _join(*parts), checkpoint.read_json(directory, "position")
+
+
+def fingerprints(state: TrainState) -> dict[str, str]:
+    """What is written beside a state, and what it must have when it is read again."""
+    return {n: checkpoint.fingerprint(tree) for n, tree in zip(("params", "training"), split(state), strict=True)}
+
+
+def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[str, Any]) -> None:
+    """Raises a Damaged where a restored state is not, bit for bit, the one that was saved. All processes must ask."""
+    written = position.pop("fingerprints", None)  # checkpoints of earlier releases have none
+    if written and written != (found := fingerprints(state)):
+        changed = [name for name in found if found[name] != written.get(name)]
+        raise checkpoint.Damaged(
+            f"{directory} has changed since it was written: the bits of {' and '.join(changed)} are others."
+        )

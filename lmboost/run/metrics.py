@@ -114,16 +114,15 @@ def read(workdir: str) -> Iterator[dict[str, Any]]:
     return lines.read(places.find(workdir) / FILE, "a JSON object with a step", {"step": int})
 
 
-def take_over(directory: str, origin: epath.Path, step: int) -> None:
-    """Begins DIRECTORY/metrics.jsonl with what the run of another workdir wrote up to the step that is gone on from.
+def take_over(directory: str, run: epath.Path, step: int) -> None:
+    """Begins DIRECTORY/metrics.jsonl with what a run in another workdir wrote up to the step that is gone on from.
 
-    Nothing is done where the file exists, or where `origin`, the checkpoint, does not lie in a run that wrote one.
+    Nothing is done where the file exists, or where the other `run` wrote none.
 
     Raises a UserError where the old file cannot be read or the new one not be written.
     """
-    path, run = os.path.join(directory, FILE), origin.parent.parent
-    known = origin.parent.name == "checkpoints" and (run / FILE).exists()
-    if jax.process_index() or os.path.exists(path) or not known:
+    path = os.path.join(directory, FILE)
+    if jax.process_index() or os.path.exists(path) or not (run / FILE).exists():
         return
     try:
         os.makedirs(directory, exist_ok=True)

@@ -29,8 +29,7 @@ from lmboost import config as configs
 from lmboost.data import loader, tokenizer
 from lmboost.errors import UserError
 from lmboost.hf.reader import PREFIX
-from lmboost.models import attention, transformer
-from lmboost.models.model_config import ModelConfig
+from lmboost.models.model_config import NEUTRAL, ModelConfig
 from lmboost.search import evolution, fitness, notation, plot
 from lmboost.search.log import Log
 from lmboost.search.space import Orders, Space
@@ -72,11 +71,10 @@ def get_config():
 class Parent:
     """The model that is cut, on the mesh in use."""
 
+    saved: checkpoint.Saved
     name: str  # as a config gives it, with an absolute path
-    model: ModelConfig
+    model: ModelConfig  # ready to compute
     params: Any
-    tokenizer: str  # fingerprint
-    directory: pathlib.Path
 
 
 def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print) -> tuple[Cut, float]:
@@ -151,28 +149,14 @@ def load_parent(config: ConfigDict, spec: str, mesh: Mesh) -> Parent:
         raise UserError("init.path is empty: give the model to cut, a run, a checkpoint or hf:DIR.")
     if not spec:
         raise UserError("data.train is empty: give a directory that lmboost.prepare wrote.")
-    directory = checkpoint.find(config.init.path, config.init.step, "init.path")
-    manifest, info = checkpoint.read_manifest(directory), loader.info(spec, "validation")
-    fingerprint = manifest["data"]["tokenizer"]
-    if fingerprint != info.tokenizer_fingerprint:
-        raise UserError(
-            f"init.path: the model in {directory} {'was trained with another' if fingerprint else 'has no'} tokenizer "
-            f"{'than' if fingerprint else 'beside it that could be compared with that of'} the data {spec!r}: its "
-            "embeddings would stand for other tokens. Prepare the data with its tokenizer."
-        )
-    model = ModelConfig(**manifest["model"])
-    heads = {sizes.head_dim for sizes in model.sizes}
-    kernel = attention.resolve("auto", jax.default_backend(), config.seq_len, heads, config.model.dtype)
-    model = dataclasses.replace(
-        model, dtype=config.model.dtype, vocab_multiple=config.model.vocab_multiple, attention=kernel, remat="none"
-    )
-    if model.position == "learned" and config.seq_len > model.max_seq_len:
-        raise UserError(f"seq_len={config.seq_len}: the model in init.path has {model.max_seq_len} learned positions.")
-    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    params = checkpoint.load_params(directory, like, mesh)
+    saved = checkpoint.Saved.find(config.init.path, config.init.step, "init.path")
+    saved.check_tokenizer(loader.info(spec, "validation"))
+    model = saved.model_for(config.seq_len, config.model.dtype)
+    model = dataclasses.replace(model, vocab_multiple=config.model.vocab_multiple)
+    params = saved.load(mesh, model=model)
     path = config.init.path
     name = os.path.abspath(path.removeprefix(PREFIX)) if "://" not in path else path
-    return Parent(PREFIX * path.startswith(PREFIX) + name, model, params, fingerprint, pathlib.Path(directory))
+    return Parent(saved, PREFIX * path.startswith(PREFIX) + name, model, params)
 
 
 def _orders(sort: str, parent: Parent, rows: Sequence[Any], mesh: Mesh) -> Orders:
@@ -189,7 +173,7 @@ def _about(config: ConfigDict, parent: Parent, spec: str) -> dict[str, Any]:
     }
     return {
         "config": fields,
-        "parent": {"directory": str(parent.directory), "tokenizer": parent.tokenizer},
+        "parent": {"directory": str(parent.saved.directory), "tokenizer": parent.saved.tokenizer_fingerprint},
         "data": loader.info(spec, "validation").fingerprint,
         "versions": checkpoint.versions(checkpoint.PACKAGES),
     }
@@ -198,11 +182,11 @@ def _about(config: ConfigDict, parent: Parent, spec: str) -> dict[str, Any]:
 def _write_winner(out: pathlib.Path, config: ConfigDict, parent: Parent, cut: Cut, loss: float) -> None:
     """The best cut as a checkpoint with its tokenizer, and the config of its training."""
     child = subnet.child_config(parent.model, cut)
-    neutral = ("dtype", "attention", "remat", "init_std")
-    child = dataclasses.replace(child, **{name: config.model[name] for name in neutral}).validate()
+    child = dataclasses.replace(child, **{name: config.model[name] for name in NEUTRAL}).validate()
     params = jax.jit(lambda params: subnet.extract(parent.model, params, cut))(parent.params)
     source = {"parent": parent.name, "cut": notation.to_json(cut), "val_loss": loss}
-    manifest = {"model": dataclasses.asdict(child), "data": {"tokenizer": parent.tokenizer}, "source": source}
+    data = {"tokenizer": parent.saved.tokenizer_fingerprint}
+    manifest = {"model": dataclasses.asdict(child), "data": data, "source": source}
     info = loader.info(config.data.validation or config.data.train, "validation")
     shutil.rmtree(out / "winner", ignore_errors=True)
     with standalone.whole(out / "winner") as partial:

@@ -1,6 +1,6 @@
 """How much of a model's attention is of rank one: which layers a smaller model can do without.
 
-    python -m lmboost.surgery rank --checkpoint=RUN [--data=DIR] --out=DIR
+    python -m lmboost.rank --checkpoint=RUN [--data=DIR] --out=DIR
 
 Inheritune (arXiv 2404.08634), section on attention degeneration. For the [T, T] attention matrix A of a head on one
 sequence, with singular values s:

@@ -17,11 +17,8 @@ from lmboost.errors import UserError, one_of
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 
-KINDS = ("copy", "inherit", "stack")
 # What a model has besides its layers, and where that is in the parameters.
 PARTS = {"embedding": "embed", "positions": "position_embed", "final_norm": "final_norm", "head": "head"}
-# Fields in which the two models may differ: they change no layer. (Padded rows are checked when they are read.)
-FREE = ("dtype", "attention", "remat", "init_std", "vocab_multiple")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,38 +66,40 @@ class Inheritance:
         return lines
 
 
-def plan(
-    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init."
-) -> Inheritance:
-    """Reads three fields, of a config or of a command, and checks them against the two models.
+def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> Inheritance:
+    """A child with some of the parent's layers in their order, by two fields of a config or of a command.
 
     Args:
-      kind: "inherit": some of the parent's layers in their order. "stack": these over and over until the child has
-        enough. ("copy", the parent as it is, takes no part of it.)
-      layers: the parent's layers, as "0-5,8"; empty is the first ones ("inherit") or all of them ("stack").
+      layers: the parent's layers, as "0-5,8"; empty is the first ones.
       fresh: parts that are not inherited, as "embedding,head".
       field: what these names begin with where the user gives them.
 
     Raises a UserError where layers are not the parent's, not in order, or not as many as the child has, and where the
     child is another model than these layers make.
     """
-    one_of(f"{field}kind", kind, KINDS)
+    layers = layers or f"0-{min(child.num_layers, parent.num_layers) - 1}"
+    return _plan(layers, parse_layers(layers, parent.num_layers, f"{field}layers"), fresh, parent, child, field)
+
+
+def plan_stack(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> Inheritance:
+    """As `plan`, but with these layers over and over until the child has enough; empty is all of the parent's."""
+    layers = layers or f"0-{parent.num_layers - 1}"
+    chosen = parse_layers(layers, parent.num_layers, f"{field}layers")
+    if child.num_layers % len(chosen):
+        raise UserError(
+            f"{field}layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
+            "multiple of that: layers are stacked a whole number of times."
+        )
+    return _plan(layers, chosen * (child.num_layers // len(chosen)), fresh, parent, child, field)
+
+
+def _plan(
+    layers: str, chosen: tuple[int, ...], fresh: str, parent: ModelConfig, child: ModelConfig, field: str
+) -> Inheritance:
     parts = frozenset(one_of(f"{field}fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
     there = {"positions": child.position == "learned", "final_norm": child.final_norm, "head": not child.tie_embeddings}
     if missing := sorted(part for part in parts if not there.get(part, True)):
         raise UserError(f"{field}fresh={fresh!r}: the model has no {missing[0]} of its own; leave it out.")
-    if kind == "copy":
-        raise UserError(f"{field}layers and {field}fresh need {field}kind='inherit' or 'stack', not 'copy'.")
-    if not layers:
-        layers = f"0-{(min(child.num_layers, parent.num_layers) if kind == 'inherit' else parent.num_layers) - 1}"
-    chosen = parse_layers(layers, parent.num_layers, f"{field}layers")
-    if kind == "stack":
-        if child.num_layers % len(chosen):
-            raise UserError(
-                f"{field}layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
-                "multiple of that: layers are stacked a whole number of times."
-            )
-        chosen *= child.num_layers // len(chosen)
     if len(chosen) != child.num_layers:
         raise UserError(
             f"{field}layers={layers!r} are {len(chosen)} of the parent's {parent.num_layers} layers, but "
@@ -132,10 +131,8 @@ def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:
 def check_models(taken: ModelConfig, child: ModelConfig, field: str) -> None:
     """Raises a UserError unless the child is the model that the layers which it takes make."""
     same = of_layers(child, range(child.num_layers))  # equal sizes are written alike
-    a, b = dataclasses.asdict(taken), dataclasses.asdict(same)
-    # Rotary positions have no table: a model may be trained at other lengths than its parent.
-    free = (*FREE, "max_seq_len") if taken.position == "rope" else FREE
-    if wrong := [name for name in a if name not in free and a[name] != b[name]]:
+    if wrong := taken.differences(same):
+        a, b = vars(taken), vars(same)
         differ = "; ".join(f"{name} is {b[name]!r}, the parent's {a[name]!r}" for name in wrong)
         raise UserError(
             f"{field}path is a model that these layers can't be taken from: in this config's model, {differ}. Set "

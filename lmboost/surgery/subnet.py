@@ -106,10 +106,8 @@ class FirstEntries:
         return lines
 
 
-def plan(
-    kind: str, layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init."
-) -> FirstEntries:
-    """The cut that `init.kind="subnet"` asks for; the child's config says how much of everything is kept.
+def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> FirstEntries:
+    """The cut of the first entries of everything; the child's config says how many are kept.
 
     Args:
       layers: the parent's layers, as "0-5,8"; empty is the first ones.
@@ -117,7 +115,7 @@ def plan(
     Raises a UserError where the child is larger than the parent, or differs in more than sizes.
     """
     if fresh:
-        raise UserError(f"{field}fresh={fresh!r}: with {field}kind={kind!r} all comes from the parent; leave it empty.")
+        raise UserError(f"{field}fresh={fresh!r}: with {field}kind='subnet' all comes from the parent; leave it empty.")
     chosen = inherit.parse_layers(layers, parent.num_layers, f"{field}layers") if layers else None
     if chosen and len(chosen) != child.num_layers:
         raise UserError(

@@ -27,10 +27,7 @@ def directory(tmp_path):
 
 
 def load(directory):
-    found = checkpoint.find(f"hf:{directory}")
-    model = ModelConfig(**checkpoint.read_manifest(found)["model"])
-    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    return checkpoint.load_params(found, like, hub.one_device())
+    return checkpoint.Saved.find(f"hf:{directory}").load(hub.one_device())
 
 
 def set_keys(directory, **keys):
@@ -171,8 +168,6 @@ PEAK = """
 import os, sys, threading, time
 import jax, numpy as np
 from lmboost import checkpoint
-from lmboost.models import transformer
-from lmboost.models.transformer import ModelConfig
 from tests import hub
 
 def held():
@@ -185,13 +180,11 @@ def watch():
         peak[0] = max(peak[0], held())
         time.sleep(0.001)
 
-found = checkpoint.find("hf:" + sys.argv[1])
-model = ModelConfig(**checkpoint.read_manifest(found)["model"])
-like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
+saved = checkpoint.Saved.find("hf:" + sys.argv[1])
 jax.block_until_ready(jax.jit(lambda x: x + 1)(np.ones(8)))
 before = held()
 threading.Thread(target=watch, daemon=True).start()
-params = checkpoint.load_params(found, like, hub.one_device(), sys.argv[2])
+params = saved.load(hub.one_device(), sys.argv[2])
 print(peak[0] - before, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
 

@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from lmboost import checkpoint, sharding  # noqa: E402
 from lmboost.data import tokenizer as tokenizer_lib  # noqa: E402
 from lmboost.hf import config_json, tokenizer_files, weights, writer  # noqa: E402
-from lmboost.models import transformer  # noqa: E402
-from lmboost.models.model_config import ModelConfig  # noqa: E402
 from tests import hub  # noqa: E402
 
 pytestmark = pytest.mark.peers
@@ -85,17 +83,16 @@ def torch_logits(model, tokens):
 
 def load(directory, mesh, dtype="float32", **changes):
     """(model, parameters) of a Hub directory, as training reads them."""
-    found = checkpoint.find(f"hf:{directory}")
-    model = ModelConfig(**checkpoint.read_manifest(found)["model"] | {"dtype": "float32"} | changes)
-    like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
-    return model, checkpoint.load_params(found, like, mesh, dtype)
+    saved = checkpoint.Saved.find(f"hf:{directory}")
+    model = dataclasses.replace(saved.model, **{"dtype": "float32"} | changes)
+    return model, saved.load(mesh, dtype, model)
 
 
 def export(directory, model, params, source, **more):
     directory.mkdir()
     tokenizer = tokenizer_lib.load(source)
     manifest = {"model": vars(model), "data": {"tokenizer": tokenizer.fingerprint}}
-    return writer.export(directory, params, manifest, tokenizer, **more)
+    return writer.export(directory, model, params, manifest, tokenizer, **more)
 
 
 def tensors(directory):

@@ -101,7 +101,7 @@ def test_a_candidates_loss_is_that_of_the_extracted_model(evaluator):
 def test_the_log_has_every_candidate_in_the_bin(finished, parent):
     directory, (cut, loss) = finished
     lines = [json.loads(line) for line in (directory / "candidates.jsonl").read_text().splitlines()]
-    model = ModelConfig(**checkpoint.read_manifest(checkpoint.find(parent))["model"])
+    model = checkpoint.Saved.find(parent).model
     assert [line["candidate"] for line in lines] == list(range(40))
     for line in lines:
         made = subnet.child_config(model, notation.from_json(line["cut"]))
@@ -113,8 +113,7 @@ def test_the_log_has_every_candidate_in_the_bin(finished, parent):
 
 def test_the_winner_is_a_checkpoint_and_a_config_to_train(finished, home, data):
     directory, (cut, loss) = finished
-    found = checkpoint.find(str(directory / "winner"))
-    model = ModelConfig(**checkpoint.read_manifest(found)["model"]).validate()
+    model = checkpoint.Saved.find(str(directory / "winner")).model.validate()
     assert model.num_layers == len(cut.layers) and model.d_model == len(cut.width)
     whole = evaluate.evaluate(str(directory / "winner"), data.split("=")[1], batches=1, batch_size=8, seq_len=32)
     assert whole["val_loss"] == pytest.approx(loss, rel=1e-4)
@@ -178,8 +177,7 @@ def test_the_evaluation_compiles_for_tpus(sizes):
 
 
 def _params(directory):
-    found = checkpoint.find(str(directory))
-    return checkpoint.load_params(found, checkpoint.tree_metadata(found, "params"), hub.one_device())
+    return checkpoint.Saved.find(str(directory)).load(hub.one_device())
 
 
 def test_more_candidates_go_on_where_it_stopped(finished, parent, data, recipe, home):

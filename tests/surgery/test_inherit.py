@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from lmboost import ranges, sharding
+from lmboost import ranges, sharding, start
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.presets import preset, tiny
@@ -29,7 +29,7 @@ def params_of(config, seed):
 
 
 def inherited(parent, child, kind="inherit", layers="", fresh=""):
-    return jax.jit(inherit.plan(kind, layers, fresh, parent, child))(params_of(parent, 0), params_of(child, 1))
+    return jax.jit(start.KINDS[kind](layers, fresh, parent, child))(params_of(parent, 0), params_of(child, 1))
 
 
 def states(config, params, capture=()):
@@ -81,7 +81,7 @@ def test_chosen_layers_and_stacks():
 def test_layers_of_unequal_sizes_are_taken_one_by_one(kind, layers, indices, sizes):
     parent, before = PARENTS["unequal"], params_of(PARENTS["unequal"], 0)
     child = dataclasses.replace(inherit.of_layers(parent, indices), layer_sizes=sizes).validate()
-    taken = inherit.plan(kind, layers, "", parent, child)
+    taken = start.KINDS[kind](layers, "", parent, child)
     after = jax.jit(taken)(before, params_of(child, 1))
     for new, old in enumerate(indices):
         same(transformer.one_layer(child, after, new)[1], transformer.one_layer(parent, before, old)[1])
@@ -99,9 +99,9 @@ def test_a_child_of_other_sizes_is_told_what_to_set():
         ("4/2/16/128,2*2/1/16/96", "Set model.layer_sizes='2"),
     ):
         with pytest.raises(UserError, match=f"init.path is a model that these layers can't be taken from.*{message}"):
-            inherit.plan("inherit", "0-2", "", parent, dataclasses.replace(child, layer_sizes=sizes))
+            inherit.plan("0-2", "", parent, dataclasses.replace(child, layer_sizes=sizes))
     with pytest.raises(UserError, match="Set model.num_heads=2, model.num_kv_heads=1, model.mlp_dim=96"):
-        inherit.plan("inherit", "2", "", parent, dataclasses.replace(child, num_layers=1))
+        inherit.plan("2", "", parent, dataclasses.replace(child, num_layers=1))
 
 
 def test_fresh_parts_stay_as_they_are_at_random():
@@ -112,7 +112,7 @@ def test_fresh_parts_stay_as_they_are_at_random():
     same(params["position_embed"], new["position_embed"])
     same(params["final_norm"], new["final_norm"])
     same(params["embed"], old["embed"])
-    taken = inherit.plan("inherit", "", "positions", parent, child)
+    taken = inherit.plan("", "positions", parent, child)
     assert taken.report(params) == [
         "layers: of the parent's 0-1", "embedding: inherited", "final_norm: inherited", "positions: random",
     ]  # fmt: skip
@@ -143,7 +143,8 @@ def test_what_does_not_fit_is_named(changes, message):
     sizes = {k: v for k, v in changes.items() if k not in FIELDS}
     child = dataclasses.replace(parent, **{"num_layers": 3} | sizes)
     with pytest.raises(UserError, match=message):
-        inherit.plan(**fields, parent=parent, child=child)
+        start.check("parent", **fields)
+        start.KINDS[fields.pop("kind")](**fields, parent=parent, child=child)
 
 
 def test_ranges_are_read_back():

@@ -7,7 +7,6 @@ import pytest
 from lmboost import checkpoint
 from lmboost.convert import convert
 from lmboost.errors import UserError
-from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import subnet
 from tests import hub, runs
 
@@ -23,9 +22,8 @@ def parent(home, recipe, data):
 
 
 def load(directory):
-    found = checkpoint.find(str(directory))
-    model = ModelConfig(**checkpoint.read_manifest(found)["model"])
-    return model, checkpoint.load_params(found, checkpoint.tree_metadata(found, "params"), hub.one_device())
+    saved = checkpoint.Saved.find(str(directory))
+    return saved.model, saved.load(hub.one_device())
 
 
 def start(parent: str, *more: str) -> list[str]:
@@ -50,12 +48,9 @@ def test_a_cut_of_unequal_layers_learns_from_its_parent_and_is_exported(recipe, 
     flags = [*(f"--config.objective.kd.{k}={v}" for k, v in kd.items()), f"--config.teacher.path={parent}"]
     runs.run(recipe, tmp_path / "child", data, *UNEQUAL, *flags, *start(parent), "--config.teacher.dtype=float32")
     convert(str(tmp_path / "child"), f"hf:{tmp_path / 'hub'}", report=lambda _: None)
-    small, child = load(tmp_path / "child")
-    there = checkpoint.find(f"hf:{tmp_path / 'hub'}")
-    wide = ModelConfig(**checkpoint.read_manifest(there)["model"])
+    (small, child), (wide, read) = load(tmp_path / "child"), load(f"hf:{tmp_path / 'hub'}")
     assert wide.layer_sizes == "" and (wide.num_heads, wide.mlp_dim) == (2, 64)
     tokens = np.random.default_rng(0).integers(0, 320, (2, 16)).astype(np.int32)
-    read = checkpoint.load_params(there, hub.random_params(wide), hub.one_device())
     theirs = hub.logits(wide, read, tokens)
     np.testing.assert_allclose(theirs, hub.logits(small, child, tokens), atol=2e-6)
 

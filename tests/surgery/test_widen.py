@@ -12,7 +12,6 @@ from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
 from lmboost.hf import writer
 from lmboost.models import transformer
-from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import subnet, widen
 from tests import dense, hub
 from tests.surgery import masked
@@ -148,18 +147,15 @@ def export(name, directory):
     tokenizer = tokenizer_lib.load(hub.write_tokenizer(directory.with_name("tokenizer")))
     directory.mkdir()
     manifest = {"model": vars(config), "data": {"tokenizer": tokenizer.fingerprint}}
-    writer.export(directory, params, manifest, tokenizer)
+    writer.export(directory, config, params, manifest, tokenizer)
     return hub.logits(config, params, TOKENS)
 
 
 @pytest.mark.parametrize("name", ["gpt2-heads", "pythia", "llama-heads", "olmo2"])
 def test_what_is_written_for_the_hub_computes_the_same(name, tmp_path):
     expected = export(name, tmp_path / "out")
-    found = checkpoint.find(f"hf:{tmp_path / 'out'}")
-    wide = ModelConfig(**checkpoint.read_manifest(found)["model"] | {"dtype": "float32"})
-    like = jax.eval_shape(lambda: transformer.init(wide, jax.random.key(0)))
-    params = checkpoint.load_params(found, like, hub.one_device(), "float32")
-    close(hub.logits(wide, params, TOKENS), expected)
+    saved = checkpoint.Saved.find(f"hf:{tmp_path / 'out'}")
+    close(hub.logits(saved.model_for(dtype="float32"), saved.load(hub.one_device()), TOKENS), expected)
 
 
 @pytest.mark.peers
