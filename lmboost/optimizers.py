@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import optax
 
-from lmboost import errors, schedules, sharding
+from lmboost import axes, errors, schedules, sharding
 from lmboost.errors import one_of
-from lmboost.models import axes
 
 NAMES = ("adamw", "adafactor", "muon", "lion")
 

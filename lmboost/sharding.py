@@ -16,8 +16,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lmboost import axes as parameter_axes
 from lmboost.errors import UserError
-from lmboost.models import axes as parameter_axes
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmboost import sharding
-from lmboost.models import axes
+from lmboost import axes, sharding
 from lmboost.models.model_config import ModelConfig
 
 EMPTY = np.iinfo(np.int32).max  # no entry of any source

@@ -23,9 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lmboost import sharding
+from lmboost import axes, sharding
 from lmboost.errors import UserError
-from lmboost.models import axes
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import slots, subnet
 from lmboost.surgery.subnet import Cut, LayerCut

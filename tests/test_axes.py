@@ -10,10 +10,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lmboost import optimizers, sharding
+from lmboost import axes, optimizers, sharding, transformer
 from lmboost.config import base
 from lmboost.hf.families import FAMILIES
-from lmboost.models import axes, transformer
 from lmboost.models.model_config import MLPS, NORMS, ModelConfig
 from lmboost.models.presets import PRESETS, tiny
 from lmboost.objective import align
@@ -151,7 +150,7 @@ ASKERS = {
 @pytest.mark.parametrize("path", UNKNOWN)
 @pytest.mark.parametrize("asker", ASKERS)
 def test_an_unknown_parameter_is_named_and_so_is_the_file_to_add_it_to(asker, path):
-    with pytest.raises(KeyError, match=f"{path}' has no axes: add it to PARAMETERS in lmboost/models/axes.py"):
+    with pytest.raises(KeyError, match=f"{path}' has no axes: add it to PARAMETERS in lmboost/axes.py"):
         ASKERS[asker](tree_of(path))
 
 

@@ -71,4 +71,4 @@ def _find(path: str) -> str:
     for end in ends:
         if end in PARAMETERS:
             return PARAMETERS[end]
-    raise KeyError(f"the parameter {path!r} has no axes: add it to PARAMETERS in lmboost/models/axes.py")
+    raise KeyError(f"the parameter {path!r} has no axes: add it to PARAMETERS in lmboost/axes.py")
