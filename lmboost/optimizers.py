@@ -88,17 +88,13 @@ def decay_mask(params: Any, decay_embeddings: bool = True) -> Any:
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def _is_stacked(path: str) -> bool:
-    return "layers" in path.split("/")
-
-
 def _matrix_axes(path: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """(input axes, output axes) of a layer's kernel as a matrix, counted from the last; None for other parameters.
 
     Projections to heads [D, H, N] are D x (H N), the one back [H, N, D] is (H N) x D.
     """
     inputs, outputs = map(len, axes.sides(path))
-    if not _is_stacked(path) or not inputs:
+    if "layers" not in path.split("/") or not inputs:
         return None
     return tuple(range(-inputs - outputs, -outputs)), tuple(range(-outputs, 0))
 
@@ -133,7 +129,7 @@ def _adafactor(params_shapes: Any) -> optax.GradientTransformation:
     )
 
     def label(keys, x):  # stacks of unequal depth are mapped over one by one
-        return f"layers{x.shape[0]}" if _is_stacked(sharding.path_name(keys)) else "rest"
+        return f"layers{x.shape[0]}" if "layers" in sharding.path_name(keys).split("/") else "rest"
 
     labels = jax.tree_util.tree_map_with_path(label, params_shapes)
     kinds = set(jax.tree.leaves(labels))

@@ -126,7 +126,6 @@ def test_a_search_finds_cuts_of_the_plain_models_size(path, sizes):
     parent, rng = module(path).parent(sizes), np.random.default_rng(0)
     space = Space.from_config(cut.search, parent, Orders.natural(parent))
     for found in (space.sample(rng), space.sample(rng)):
-        assert space.contains(found)
         assert space.low <= subnet.child_config(parent, found).num_params() <= space.high
     for model in map(model_of, (plain, cut)):
         assert space.low <= model.num_params() <= space.high

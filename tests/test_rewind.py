@@ -44,7 +44,7 @@ def lines(workdir):
 
 def rows(data, first, count=8):
     source = loader.Loader(data.partition("=")[2], "train", 32)
-    return np.concatenate([source.row(i)["tokens"] for i in range(first, first + count)])
+    return loader.batch_of([source.rows[i] for i in range(first, first + count)], count, 32)["tokens"]
 
 
 def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, capsys):

@@ -300,10 +300,6 @@ class Loader:
         self.rows = make_rows(sources, self.info.weights, seed)
         self.rows_in_order = make_rows(sources, self.info.weights, None)
 
-    def row(self, i: int) -> Batch:
-        """The training row with global number i, as a batch of one."""
-        return batch_of([self.rows[i]], 1, self.seq_len)
-
     def batches(
         self, schedule: Callable[[int], tuple[int, int]], start_step: int = 0, stop_step: int | None = None
     ) -> Iterator[Batch]:

@@ -19,7 +19,7 @@ import platform
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -338,16 +338,14 @@ def _make_shard(partial: pathlib.Path, tokenizer_path: pathlib.Path, bucket: int
 _load_once = functools.lru_cache(maxsize=1)(tokenizer_lib.load)  # a worker makes many shards with one tokenizer
 
 
-def _batches(raws: Iterable[bytes]) -> Iterator[list[bytes]]:
+def _batches(raws: Sequence[bytes]) -> Iterator[list[bytes]]:
     batch, size = [], 0
-    for raw in raws:
+    for i, raw in enumerate(raws, 1):
         batch.append(raw)
         size += len(raw)
-        if size >= _BATCH_CHARS:
+        if size >= _BATCH_CHARS or i == len(raws):
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _assemble(partial: pathlib.Path, out: pathlib.Path, plan: dict, spread: Sequence[dict]) -> dict:

@@ -28,13 +28,12 @@ class Rows:
 
     def __call__(self, step: int) -> tuple[int, int]:
         """(first row, number of rows); more rows while candidates are scored."""
-        jumped = bisect.bisect_right(self.jumps, step, key=_step)
         first = self._plain(step)
-        return first + self._left_out(jumped), self._plain(step + 1) - first
+        return first + self._left_out(step + 1), self._plain(step + 1) - first
 
     def stand(self, step: int) -> int:
         """The row after the last one that the steps before `step` took. A jump at `step` is still ahead."""
-        return self._plain(step) + self._left_out(bisect.bisect_left(self.jumps, step, key=_step))
+        return self._plain(step) + self._left_out(step)
 
     def without(self, skipped: Sequence[tuple[int, int]], steps: int) -> "Rows":
         """Leaves out the rows that the steps of the ranges would take where none are; what comes after moves up.
@@ -66,17 +65,15 @@ class Rows:
         differs = made == len(self.jumps) or self._plain(step) + left_out[made] != stand
         return None if differs or self.jumps[made][0] >= step else made
 
-    def _left_out(self, jumps: int) -> int:
-        return self.jumps[jumps - 1][1] if jumps else 0
+    def _left_out(self, step: int) -> int:
+        """Rows that the jumps before `step` leave out."""
+        made = bisect.bisect_left(self.jumps, (step,))
+        return self.jumps[made - 1][1] if made else 0
 
     def _plain(self, step: int) -> int:
         """Rows that the steps before `step` take where none are left out, so also the first row of `step` there."""
         scored = sum(max(min(step, end) - first, 0) for first, end in self.selecting)
         return (step + scored * (self.candidates - 1)) * self.batch_size
-
-
-def _step(jump: tuple[int, int]) -> int:
-    return jump[0]
 
 
 def parse_ranges(text: str, steps: int, field: str = "data.skip") -> tuple[tuple[int, int], ...]:

@@ -13,7 +13,7 @@ import pathlib
 import sysconfig
 import urllib.parse
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow
 import pyarrow.parquet
@@ -131,17 +131,14 @@ def _text_size(path: str) -> int:
     return os.path.getsize(path) * (_COMPRESSION if path.endswith((".gz", ".zst")) else 1)
 
 
-def _text_units(paths: Iterable[str]) -> Iterator[Unit]:
-    group, stamps, size = [], [], 0
-    for path in paths:
+def _text_units(paths: Sequence[str]) -> Iterator[Unit]:
+    group, size = [], 0
+    for i, path in enumerate(paths, 1):
         group.append(path)
-        stamps.append(_stamp(path))
         size += _text_size(path)
-        if size >= _UNIT_BYTES or len(group) >= _UNIT_FILES:
-            yield Unit("text", tuple(group), tuple(stamps), size)
-            group, stamps, size = [], [], 0
-    if group:
-        yield Unit("text", tuple(group), tuple(stamps), size)
+        if size >= _UNIT_BYTES or len(group) >= _UNIT_FILES or i == len(paths):
+            yield Unit("text", tuple(group), tuple(map(_stamp, group)), size)
+            group, size = [], 0
 
 
 def _decode(raw: bytes) -> tuple[str, bool]:

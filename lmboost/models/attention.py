@@ -126,6 +126,8 @@ def attend_cached(q_BxTxHxN, cache: Cache, layer, kv_heads: int, segment_ids, wi
 
 def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, window: int) -> jax.Array:
     """Splash attention, one call per device on its own rows and heads."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
     heads, kv_heads = q_BxTxHxN.shape[2], k_BxTxKxN.shape[2]
     parts = sharding.shards("heads")
     if heads % parts == 0 and kv_heads % parts:
@@ -143,19 +145,13 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, windo
         heads = k_BxKxTxN.shape[1]
         q_BxKxGxTxN = q_BxHxTxN.reshape(q_BxHxTxN.shape[0], heads, groups, *q_BxHxTxN.shape[2:])
         per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        y = jax.vmap(per_head)(q_BxKxGxTxN, k_BxKxTxN, v_BxKxTxN, _segments(segment_ids))
+        y = jax.vmap(per_head)(q_BxKxGxTxN, k_BxKxTxN, v_BxKxTxN, splash.SegmentIds(q=segment_ids, kv=segment_ids))
         return y.reshape(q_BxHxTxN.shape)
 
     q_axes, kv_axes = ("batch", "heads", "length", None), ("batch", "kv_heads", "length", None)
     local = sharding.per_device(local, (q_axes, kv_axes, kv_axes, ("batch", "length")), q_axes)
     y_BxHxTxN = local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids)
     return jnp.swapaxes(y_BxHxTxN, 1, 2).astype(q_BxTxHxN.dtype)
-
-
-def _segments(segment_ids):
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-    return splash.SegmentIds(q=segment_ids, kv=segment_ids)
 
 
 def _splash_kernel(groups: int, seq_len: int, interpret: bool, window: int):

@@ -38,23 +38,14 @@ class Fitness:
     ):
         self._parent, self._params, self._hull, self._batches = parent, params, hull, batches
         self._at_once, self._block_tokens = at_once, block_tokens
-        self._losses = jax.jit(self._losses_of)
-
-    @property
-    def compilations(self) -> int:
-        """How often the evaluation of views has been compiled."""
-        return self._losses._cache_size()
-
-    def lower(self, views: Any) -> jax.stages.Lowered:
-        """The evaluation of stacked views, lowered for the mesh in use; all arguments may be abstract."""
-        return self._losses.lower(self._params, views, self._batches)
+        self.losses = jax.jit(self._losses_of)  # (params, stacked views, batches) -> a loss for each view
 
     def __call__(self, cuts: Sequence[Cut]) -> list[float]:
         """The losses of at most `at_once` cuts."""
         views = [view.place(self._parent, self._hull, cut) for cut in cuts]
         views += views[:1] * (self._at_once - len(views))
         stacked = jax.tree.map(lambda *xs: np.stack(xs), *views)
-        return np.asarray(self._losses(self._params, stacked, self._batches))[: len(cuts)].tolist()
+        return np.asarray(self.losses(self._params, stacked, self._batches))[: len(cuts)].tolist()
 
     def alone(self, cut: Cut) -> float:
         """The loss of one cut as a model of its own: extracted, compiled, evaluated."""

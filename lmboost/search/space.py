@@ -16,11 +16,9 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lmboost.errors import UserError
 from lmboost.models.model_config import LayerSizes, ModelConfig
 from lmboost.search import reach
 from lmboost.search.notation import parse_params, read_choices
-from lmboost.surgery import subnet
 from lmboost.surgery.subnet import Cut, LayerCut
 
 ROW = ("num_kv_heads", "group_heads", "head_dim", "mlp_dim")  # a layer's sizes, in the order of a draft's rows
@@ -103,31 +101,10 @@ class Space:
         how = {name: search[name] for name in ("granularity", "scope", "layer_choice")}
         return cls(parent=parent, low=low, high=high, orders=orders, **how, **read_choices(search, parent))
 
-    # What a cut is.
-
     def num_params(self, cut: Cut) -> int:
         """The number of parameters of the model that a cut makes (`subnet.child_config`)."""
         model, base = self._models[len(cut.width)]
         return base + sum(model.layer_params(part.sizes) for part in cut.layers)
-
-    def contains(self, cut: Cut) -> bool:
-        """Whether the cut is of this space: its sizes, its entries, its number of parameters."""
-        try:
-            subnet.check(self.parent, cut)
-        except UserError:
-            return False
-        rows = [_row(part) for part in cut.layers]
-        if len(cut.width) not in self.d_model or len(rows) not in self.layers:
-            return False
-        if not all(size in choices for row in rows for size, choices in zip(row, self._choices, strict=True)):
-            return False
-        if self.scope == "uniform" and any(row != rows[0] for row in rows):
-            return False
-        draft, layers = self._draft(cut), self.orders.layers[: len(rows)]
-        if self.layer_choice == "first" and draft.layers != tuple(sorted(layers)):
-            return False
-        # Entries of these sizes stay as they are, without a random draw, if they are of this space.
-        return self.low <= self.num_params(cut) <= self.high and cut == self._fill(np.random.default_rng(0), draft)
 
     @functools.cached_property
     def _choices(self) -> list[tuple[int, ...]]:
@@ -149,7 +126,7 @@ class Space:
             shapes += [(l, d) for l in self.layers if base + l * least <= self.high and base + l * most >= self.low]
         return dict.fromkeys(shapes)
 
-    # How cuts are drawn: the sizes of a draft are brought into the bin, then entries are taken.
+    # Cuts are drawn so: the sizes of a draft are brought into the bin, then entries are taken.
 
     def sample(self, rng: np.random.Generator) -> Cut:
         """A cut drawn at random. A UserError where the bin is empty, as from `mutate` and `crossover`."""

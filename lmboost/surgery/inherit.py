@@ -121,8 +121,8 @@ def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:
     for _, first, last in ranges.parse(text, f"{field}={text!r}", wrong):
         last = min(last, max(first, num_layers))  # one too many is enough to tell
         layers += range(first, last + 1) if last >= first else [first, last]
-    if wrong := [i for i in layers if i >= num_layers]:
-        raise UserError(f"{field}={text!r}: there is no layer {wrong[0]}; the parent has layers 0 to {num_layers - 1}.")
+    if over := [i for i in layers if i >= num_layers]:
+        raise UserError(f"{field}={text!r}: there is no layer {over[0]}; the parent has layers 0 to {num_layers - 1}.")
     if sorted(set(layers)) != layers:
         raise UserError(f"{field}={text!r}: layers must be named once, in the parent's order.")
     return tuple(layers)

@@ -32,6 +32,11 @@ def rows_of(batch):
     return [tuple(batch["tokens"][i].tolist()) for i in range(len(batch["tokens"]))]
 
 
+def row_of(loader, i):
+    """The training row with global number i."""
+    return rows_of(loader_lib.batch_of([loader.rows[i]], 1, loader.seq_len))[0]
+
+
 def assert_equal(left, right):
     left, right = list(left), list(right)
     assert len(left) == len(right)
@@ -155,7 +160,7 @@ def test_a_restart_at_any_step_goes_on_as_if_nothing_had_been(prepared, second):
     assert_equal(whole[5:], itertools.islice(endless, 3))
     endless.close()
     rows = [row for batch in whole for row in rows_of(batch)]
-    assert rows == [rows_of(loader.row(i))[0] for i in range(len(rows))]
+    assert rows == [row_of(loader, i) for i in range(len(rows))]
 
 
 def test_epochs_are_permutations_and_differ(prepared):
@@ -163,9 +168,9 @@ def test_epochs_are_permutations_and_differ(prepared):
     count = len(loader.rows_in_order)
     stored = [rows_of(batch)[0] for batch in loader.eval_batches(1)]
     assert len(stored) == count
-    epochs = [[rows_of(loader.row(i))[0] for i in range(epoch * count, (epoch + 1) * count)] for epoch in range(3)]
+    epochs = [[row_of(loader, i) for i in range(epoch * count, (epoch + 1) * count)] for epoch in range(3)]
     neighbour = loader_lib.Loader(str(prepared), "train", 64, seed=1)
-    other = [rows_of(neighbour.row(i))[0] for i in range(2 * count)]
+    other = [row_of(neighbour, i) for i in range(2 * count)]
     orders = [stored, *epochs, other[:count], other[count:]]
     assert all(sorted(order) == sorted(stored) for order in orders)
     assert all(one != two for one, two in itertools.combinations(orders, 2))  # nor does seed 1 follow a step behind
@@ -174,14 +179,14 @@ def test_epochs_are_permutations_and_differ(prepared):
 def test_mixture_draws_by_weight(prepared, second):
     both = loader_lib.Loader(f"{prepared}=0.75,{second}=0.25", "train", 64, seed=0)
     alone = [loader_lib.Loader(str(directory), "train", 64, seed=0) for directory in (prepared, second)]
-    rows = [rows_of(both.row(i))[0] for i in range(400)]
+    rows = [row_of(both, i) for i in range(400)]
     own = [{rows_of(batch)[0] for batch in each.eval_batches(1)} for each in alone]
     assert not own[0] & own[1]
     for stop in (40, 100, 400):
         assert abs(sum(row in own[0] for row in rows[:stop]) - 0.75 * stop) <= 1
     for each, mine in zip(alone, own, strict=True):  # within the mixture each data set keeps its own order
         drawn = [row for row in rows if row in mine]
-        assert drawn == [rows_of(each.row(i))[0] for i in range(len(drawn))]
+        assert drawn == [row_of(each, i) for i in range(len(drawn))]
     rows = [row for batch in both.eval_batches(8) for row in rows_of(batch) if any(row)]
     assert len(rows) == len(set(rows))
 

@@ -208,7 +208,7 @@ def test_operators_stay_in_the_space_and_in_the_bin(words, parent):
         space = wide(parent, *words, orders=shuffled(parent, seed) if words[0] == "coarse" else None)
         for cut in walk(space, seed):
             check_cut(space, cut)
-            assert space.contains(cut) and space.num_params(cut) == subnet.child_config(space.parent, cut).num_params()
+            assert space.num_params(cut) == subnet.child_config(space.parent, cut).num_params()
 
 
 @pytest.mark.parametrize("words", SPACES, ids=map("-".join, SPACES))
@@ -238,31 +238,6 @@ def test_children_have_parts_of_both_parents():
             assert part.features in [f.features for f in found] and part.units in [f.units for f in found]
             mixed += part not in found
     assert mixed > 0
-
-
-def test_what_is_not_of_the_space():
-    space = wide(GQA, "coarse", "layerwise", "first")
-    cut = space.sample(np.random.default_rng(0))
-    first, last = cut.layers[0], cut.layers[-1]
-    one_group = LayerCut(0, (0, 1), ((0,), (0, 1)), first.features, first.units)
-    wrong = [
-        cut._replace(width=cut.width[1:]),
-        cut._replace(width=(*cut.width[:-1], cut.width[-1] + 1)),
-        cut._replace(layers=()),
-        cut._replace(layers=cut.layers[::-1]),
-        cut._replace(layers=(*cut.layers[:-1], last._replace(layer=6))),
-        cut._replace(layers=(first._replace(units=()), *cut.layers[1:])),
-        cut._replace(layers=(first._replace(units=tuple(range(1, 17))), *cut.layers[1:])),
-        cut._replace(layers=(first._replace(groups=()), *cut.layers[1:])),
-        cut._replace(layers=(first._replace(heads=()), *cut.layers[1:])),
-        cut._replace(layers=(first._replace(features=(*first.features[:-1], 99)), *cut.layers[1:])),
-        cut._replace(layers=(one_group, *cut.layers[1:])),
-    ]
-    assert space.contains(cut) and not any(map(space.contains, wrong))
-    assert not dataclasses.replace(space, high=space.num_params(cut) - 1).contains(cut)
-    assert not dataclasses.replace(space, scope="uniform").contains(cut)
-    shuffled_ones = dataclasses.replace(space, orders=shuffled(GQA, 0))
-    assert not shuffled_ones.contains(cut)
 
 
 def test_coarse_takes_the_most_important():
@@ -347,7 +322,9 @@ def test_looking_through_a_large_space_is_quick_and_diverse(monkeypatch):
     monkeypatch.setattr(spaces, "TRIES", 0)
     rng = np.random.default_rng(0)
     cuts = [space.sample(rng) for _ in range(4)]
-    assert all(map(space.contains, cuts)) and len(set(map(space.num_params, cuts))) == 4
+    for cut in cuts:
+        check_cut(space, cut)
+    assert len(set(map(space.num_params, cuts))) == 4
 
 
 def test_a_search_too_large_to_look_through_says_so(monkeypatch):
