@@ -76,13 +76,14 @@ def test_the_loss_falls(plain):
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_the_teacher_is_unchanged_and_in_no_checkpoint(home, helped):
+def test_the_teacher_is_unchanged_and_in_no_checkpoint(teacher, helped):
     workdir, state = helped
+    helper = pathlib.Path(teacher.partition("=")[2])
     fingerprint = json.loads((workdir / "manifest.json").read_text())["teacher"]["fingerprint"]
-    before = content(home / "teacher" / "checkpoints")
-    directory = checkpoint.find(str(home / "teacher"))
+    before = content(helper / "checkpoints")
+    directory = checkpoint.find(str(helper))
     params = checkpoint.load_params(directory, _teacher_shapes(directory), _mesh(), "bfloat16")
-    assert checkpoint.fingerprint(params) == fingerprint and content(home / "teacher" / "checkpoints") == before
+    assert checkpoint.fingerprint(params) == fingerprint and content(helper / "checkpoints") == before
     expected = sum(x.size for x in jax.tree.leaves(state))
     for step in (workdir / "checkpoints").iterdir():
         found = [checkpoint.tree_metadata(step, part) for part in ("params", "training")]
@@ -286,10 +287,10 @@ def test_a_workdir_of_another_config_is_refused(recipe, data, plain):
         runs.run(recipe, plain[0], data, "--config.optimizer.learning_rate=0.02")
 
 
-def test_a_teacher_that_changed_is_refused(tmp_path, recipe, data, home):
+def test_a_teacher_that_changed_is_refused(tmp_path, recipe, data, teacher):
     arguments = ("--config.model.num_layers=1", "--config.model.d_model=16")
     helper = tmp_path / "helper"
-    shutil.copytree(home / "teacher", helper)
+    shutil.copytree(teacher.partition("=")[2], helper)
     given = (data, f"--config.teacher.path={helper}", KD, "--config.objective.kd.stop=1")
     with pytest.raises(UserError):
         runs.run(recipe, tmp_path / "run", *given, "--config.optimizer.learning_rate=1e30", "--config.max_nonfinite=1")
