@@ -16,6 +16,7 @@ from lmboost.hf import reader
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from tests import hub, runs
+from tests.compare import assert_same
 
 SHORT = "--config.steps=2"
 
@@ -44,10 +45,6 @@ def load(path, **changes):
     model = ModelConfig(**checkpoint.read_manifest(directory)["model"] | changes)
     like = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
     return jax.device_get(checkpoint.load_params(directory, like, hub.one_device()))
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_a_run_is_written_without_what_only_training_needs(workdir, published):

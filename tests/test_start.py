@@ -16,6 +16,7 @@ from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import files
 from tests import hub, runs
+from tests.compare import assert_same
 
 DEPTH = "--config.model.num_layers=4"
 
@@ -33,10 +34,6 @@ def params_of(directory):
     return checkpoint.load_params(found, like, sharding.make_mesh(devices=jax.devices()[:1]))
 
 
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_a_run_inherits_layers_and_goes_on_where_it_stopped(home, recipe, data, reference, capsys):
     still = ["--config.optimizer.learning_rate=0", "--config.mesh.fsdp=2"]  # nothing moves: the end is the start
     start = [f"--config.init.path={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
@@ -44,8 +41,8 @@ def test_a_run_inherits_layers_and_goes_on_where_it_stopped(home, recipe, data, 
     said = capsys.readouterr().out
     assert "init.path: layers: of the parent's 0,3" in said and "init.path: embedding: inherited" in said
     parent, child = params_of(reference), params_of(home / "child")
-    same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 3])], parent["layers"]))
-    same({k: v for k, v in child.items() if k != "layers"}, {k: v for k, v in parent.items() if k != "layers"})
+    assert_same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 3])], parent["layers"]))
+    assert_same({k: v for k, v in child.items() if k != "layers"}, {k: v for k, v in parent.items() if k != "layers"})
     runs.run(recipe, home / "child", data, *start, *still)
     assert "start: own checkpoint, step 8" in capsys.readouterr().out
 
@@ -55,8 +52,8 @@ def test_stacking_and_fresh_parts(home, recipe, data, reference):
     more = [DEPTH, "--config.init.fresh=head", "--config.optimizer.learning_rate=0"]
     runs.run(recipe, home / "stacked", data, *start, *more)
     parent, child = params_of(reference), params_of(home / "stacked")
-    same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 1, 0, 1])], parent["layers"]))
-    same(child["embed"], parent["embed"])
+    assert_same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 1, 0, 1])], parent["layers"]))
+    assert_same(child["embed"], parent["embed"])
     assert np.abs(np.asarray(child["head"]) - np.asarray(parent["head"])).max() > 1e-3
 
 
@@ -91,7 +88,7 @@ def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, re
     start = [f"--config.init.path={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
     more = ["--config.init.fresh=head,final_norm", "--config.seed=5", "--config.optimizer.learning_rate=0"]
     runs.run(recipe, home / "by-run", data, *start, *more, "--config.steps=2")
-    same(params_of(home / "made"), params_of(home / "by-run"))
+    assert_same(params_of(home / "made"), params_of(home / "by-run"))
     manifest = manifest_of(home / "made")
     assert manifest["model"] == manifest_of(reference)["model"] | {"num_layers": 2}
     assert manifest["data"] == {"tokenizer": manifest_of(reference)["data"]["tokenizer"]}
@@ -103,23 +100,23 @@ def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, re
 
 def test_all_layers_are_the_parent_and_it_stands_wherever_a_checkpoint_can(home, recipe, data, reference):
     files.write_inherited(reference, "0-3", str(home / "whole"), report=lambda _: None)
-    same(params_of(home / "whole"), params_of(reference))
+    assert_same(params_of(home / "whole"), params_of(reference))
     spec = data.removeprefix("--config.data.train=")
     expected = evaluate.evaluate(reference, batches=2, seq_len=32)
     assert evaluate.evaluate(str(home / "whole"), spec, batches=2, seq_len=32) == expected
     convert.convert(str(home / "whole"), f"hf:{home / 'published'}", report=lambda _: None)
-    same(params_of(f"hf:{home / 'published'}"), params_of(reference))
+    assert_same(params_of(f"hf:{home / 'published'}"), params_of(reference))
     still = [f"--config.init.path={home / 'whole'}", "--config.optimizer.learning_rate=0", "--config.steps=2"]
     runs.run(recipe, home / "trained-on", data, DEPTH, *still)
-    same(params_of(home / "trained-on"), params_of(reference))
+    assert_same(params_of(home / "trained-on"), params_of(reference))
 
 
 def test_layers_of_a_hub_directory(tmp_path):
     params = hub.write(tmp_path / "hub", dataclasses.replace(hub.LLAMA, num_layers=3, vocab_multiple=8))
     files.write_inherited(f"hf:{tmp_path / 'hub'}", "0,2", str(tmp_path / "out"), report=lambda _: None)
     child = params_of(tmp_path / "out")
-    same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 2])], params["layers"]))
-    same(child["embed"]["embedding"], params["embed"]["embedding"][: hub.VOCAB])
+    assert_same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 2])], params["layers"]))
+    assert_same(child["embed"]["embedding"], params["embed"]["embedding"][: hub.VOCAB])
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
     assert manifest_of(tmp_path / "out")["data"] == manifest_of(f"hf:{tmp_path / 'hub'}")["data"]
 
@@ -131,7 +128,7 @@ def test_layers_of_unequal_sizes(tmp_path):
     checkpoint.save_params(tmp_path / "parent", params, manifest)
     files.write_inherited(str(tmp_path / "parent"), "1-3", str(tmp_path / "out"), report=lambda _: None)
     child, made = params_of(tmp_path / "out"), manifest_of(tmp_path / "out")["model"]
-    same(child["layers"], {"0": params["layers"]["1"], "1": params["layers"]["2"]})
+    assert_same(child["layers"], {"0": params["layers"]["1"], "1": params["layers"]["2"]})
     assert made == manifest["model"] | {"num_layers": 3, "layer_sizes": "2*2/1/8/32,4/2/8/40", "mlp_dim": 40}
     done = surgery("rank", f"--checkpoint={tmp_path / 'out'}", f"--out={tmp_path / 'rank'}")
     assert done.returncode == 2 and "has layers of 2, 4 heads" in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,5 @@
 """The loop: what it writes, how it goes on, what it refuses."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ from lmboost.errors import UserError
 from lmboost.models import model_config
 from lmboost.run import log
 from tests import runs
+from tests.compare import assert_same, content, lines
 
 
 @pytest.fixture(scope="module")
@@ -33,22 +33,9 @@ def helped(home, recipe, data, teacher):
     return home / "helped", runs.run(f"{recipe}:helped", home / "helped", data, teacher)
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
-
-
 def restored(workdir, like):
     directory = checkpoint.find(str(workdir))
     return checkpoint.restore_state(directory, like, jax.tree.map(lambda x: x.sharding, like))[0]
-
-
-def content(directory):
-    files = sorted(p for p in pathlib.Path(directory).rglob("*") if p.is_file())
-    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()
 
 
 def test_a_run_writes_its_numbers_and_a_manifest(helped):
@@ -124,12 +111,12 @@ def test_without_weight_it_is_bitwise_the_plain_run(home, recipe, data, teacher,
         "--config.objective.select.candidates=1",
     )
     state = runs.run(f"{recipe}:helped", home / "off", data, teacher, *off)
-    assert same(state, plain[1])
+    assert_same(state, plain[1])
 
 
 def test_a_finished_run_is_left_alone(plain, recipe, data, capsys):
     before = content(plain[0])
-    assert same(runs.run(recipe, plain[0], data), plain[1])
+    assert_same(runs.run(recipe, plain[0], data), plain[1])
     assert "is finished" in capsys.readouterr().out and content(plain[0]) == before
 
 
@@ -147,7 +134,8 @@ def test_it_goes_on_bitwise_from_where_it_stopped(stop, tmp_path, recipe, data, 
         patch.setattr(log.RunLog, "profile", stopping)
         runs.run(f"{recipe}:helped", tmp_path, data, teacher)
     state = runs.run(f"{recipe}:helped", tmp_path, data, teacher)
-    assert same(state, helped[1]) and same(restored(tmp_path, state), helped[1])
+    assert_same(state, helped[1])
+    assert_same(restored(tmp_path, state), helped[1])
     times = {"tokens_per_second", "goodput"}
     numbers = [{k: v for k, v in line.items() if k not in times} for line in lines(tmp_path)]
     expected = [{k: v for k, v in line.items() if k not in times} for line in lines(helped[0])]
@@ -167,7 +155,7 @@ def kill_and_restart(kills, seconds, tmp_path, recipe, data, teacher, expected):
     process = runs.start(*arguments)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert same(restored(tmp_path / "run", expected), expected)
+    assert_same(restored(tmp_path / "run", expected), expected)
 
 
 @pytest.mark.slow
@@ -181,7 +169,7 @@ def test_init_from_takes_parameters_and_resume_from_takes_all(home, recipe, data
     assert f"start: init.path {workdir}" in capsys.readouterr().out
     assert lines(home / "init")[0]["loss"] < lines(workdir)[0]["loss"] - 0.3
     again = runs.run(recipe, home / "resumed", data, f"--config.resume.path={workdir}/checkpoints/6")
-    assert same(again, state)
+    assert_same(again, state)
     assert [line["step"] for line in lines(home / "resumed") if "loss" in line] == list(range(1, 9))
     with pytest.raises(UserError, match="data position"):
         runs.run(recipe, home / "other", data, f"--config.resume.path={workdir}/checkpoints/6", "--config.seed=3")

@@ -16,7 +16,8 @@ import pytest
 
 from lmboost import checkpoint
 from tests import runs
-from tests.test_hosts import finish, kill_children, losses, wait_for_step
+from tests.compare import losses
+from tests.runs import finish, kill_children, wait_for_step
 
 pytestmark = pytest.mark.slow
 STEPS = ("--config.steps=24", "--config.checkpoint.every=4", "--config.checkpoint.keep=3", "--config.eval.every=6")
