@@ -23,7 +23,6 @@ from lmboost.data import loader
 from lmboost.errors import UserError, exit_on_user_error
 from lmboost.run import checkpointer, processes
 
-
 CALLED = set()  # names of the harmed parts that the run has called
 
 
