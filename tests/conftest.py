@@ -2,17 +2,20 @@
 
 import atexit
 import os
+import pathlib
 import shutil
 import tempfile
+import time
 
 import pytest
 
-# jax reads these when it is imported, so what imports it is imported in the fixtures.
+# jax reads these when it is imported, so what imports it is imported in the fixtures. Processes that tests start get
+# them, too. Machine code is not optimised: compiling it would take most of the tests' time, running it takes little.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lmboost-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
@@ -31,26 +34,59 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="module")
-def recipe(home):
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A function (name, make) -> make(directory): done once for all workers; nobody writes into the directory later."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return lambda name, make: _once(base / name, make)
+
+
+def _once(directory: pathlib.Path, make) -> str:
+    """What make(directory) gives to whichever process comes first; the others wait for it."""
+    result = directory.with_suffix(".result")
+    try:
+        directory.mkdir()
+    except FileExistsError:
+        until = time.monotonic() + 600
+        while not result.exists():
+            assert time.monotonic() < until, f"{directory} has not been made"
+            time.sleep(0.1)
+        return result.read_text()
+    try:
+        made = make(directory)
+    except BaseException:
+        shutil.rmtree(directory)  # the next one tries for itself
+        raise
+    part = directory.with_suffix(".part")
+    part.write_text(made)
+    part.rename(result)
+    return made
+
+
+@pytest.fixture(scope="session")
+def recipe(shared):
     """The recipe of tiny runs."""
     from tests import runs
 
-    return runs.write_recipe(home)
+    return shared("recipe", runs.write_recipe)
 
 
-@pytest.fixture(scope="module")
-def data(home):
+@pytest.fixture(scope="session")
+def data(shared):
     """The flag that gives a tiny run its data."""
     from tests import runs
 
-    return "--config.data.train=" + runs.write_data(home)
+    return "--config.data.train=" + shared("data", runs.write_data)
 
 
-@pytest.fixture(scope="module")
-def teacher(home, recipe, data):
+@pytest.fixture(scope="session")
+def teacher(shared, recipe, data):
     """The flag that gives a tiny run its trained helper."""
     from tests import runs
 
-    runs.run(recipe, home / "teacher", data, "--config.model.num_layers=1", "--config.model.d_model=16")
-    return f"--config.teacher.path={home / 'teacher'}"
+    def train(directory):
+        runs.run(recipe, directory / "run", data, "--config.model.num_layers=1", "--config.model.d_model=16")
+        return f"--config.teacher.path={directory / 'run'}"
+
+    return shared("teacher", train)

@@ -23,9 +23,10 @@ from lmboost.data import loader
 from lmboost.errors import UserError, exit_on_user_error
 from lmboost.run import checkpointer, processes
 
+CALLED = set()  # names of the harmed parts that the run has called
+
 
 def paced(part, seconds: float):
-    @functools.wraps(part)
     def run(*args, **kwargs):
         time.sleep(seconds)
         return part(*args, **kwargs)
@@ -37,7 +38,6 @@ def slowed(part, calls: int):
     """`part`, which marks its call number `calls` and takes three seconds more."""
     count = 0
 
-    @functools.wraps(part)
     def run(*args, **kwargs):
         nonlocal count
         count += 1
@@ -50,7 +50,6 @@ def slowed(part, calls: int):
 
 
 def failing(part, error: Exception, when):
-    @functools.wraps(part)
     def run(*args, **kwargs):
         if when():
             raise error
@@ -63,7 +62,6 @@ def dying(part, most: int):
     """`part`, of which one call in `most` is followed by death some milliseconds later."""
     draw = random.Random(os.urandom(8))
 
-    @functools.wraps(part)
     def run(*args, **kwargs):
         if draw.random() < 1 / most and not os.path.exists(os.environ.get("MARK", "")):
             end = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM])
@@ -73,28 +71,48 @@ def dying(part, most: int):
     return run
 
 
-def harm(kind: str, what: str) -> None:
+def replace(owner, name: str, harmful, *arguments) -> None:
+    """Puts harmful(part, *arguments) in the place of the part owner.name, and notes that it is called."""
+    part = getattr(owner, name)
+    harmed = harmful(part, *arguments)
+
+    @functools.wraps(part)
+    def run(*args, **kwargs):
+        CALLED.add(name)
+        return harmed(*args, **kwargs)
+
+    setattr(owner, name, run)
+
+
+STEP = (processes.Wish, "exchange")  # what the loop calls once a step
+SAVE = (checkpointer.ocp.CheckpointManager, "save")
+EVALUATE = (evaluate.Validation, "__call__")
+DATA = (loader.Loader, "__init__")
+
+
+def harm(kind: str, what: str) -> str:
+    """Harms a part and returns its name."""
     if kind == "fail":
         error = UserError("data.train='/mnt/data': the disk is not there.")
-        loader.Loader.__init__ = failing(loader.Loader.__init__, error, lambda: jax.process_index() == int(what))
+        part, *how = DATA, failing, error, lambda: jax.process_index() == int(what)
     elif kind == "pace":
-        processes.Wish.exchange = paced(processes.Wish.exchange, float(what))
+        part, *how = STEP, paced, float(what)
     elif kind == "die":
-        processes.Wish.exchange = dying(processes.Wish.exchange, int(what))
+        part, *how = STEP, dying, int(what)
     elif kind == "save":
         left = iter(range(int(what)))
-        error = OSError(28, "No space left on device")
-        manager = checkpointer.ocp.CheckpointManager
-        manager.save = failing(manager.save, error, lambda: next(left, None) is not None)
-    elif what == "save":
-        manager = checkpointer.ocp.CheckpointManager
-        manager.save = slowed(manager.save, 2)
-    elif what == "evaluate":
-        evaluate.Validation.__call__ = slowed(evaluate.Validation.__call__, 2)
-    elif what == "step":
-        processes.Wish.exchange = slowed(processes.Wish.exchange, 4)
+        part, *how = SAVE, failing, OSError(28, "No space left on device"), lambda: next(left, None) is not None
+    else:
+        part, *how = {"save": (SAVE, slowed, 2), "evaluate": (EVALUATE, slowed, 2), "step": (STEP, slowed, 4)}[what]
+    replace(*part, *how)
+    return part[1]
+
+
+def main() -> None:
+    name = harm(*os.environ["HARM"].split(":"))
+    train.main(sys.argv[1:])
+    assert name in CALLED, f"the run has ended without {name}: tests/harm.py harms what is no longer used"
 
 
 if __name__ == "__main__":
-    harm(*os.environ["HARM"].split(":"))
-    exit_on_user_error(lambda: train.main(sys.argv[1:]))
+    exit_on_user_error(main)

@@ -3,8 +3,11 @@
 import os
 import pathlib
 import random
+import re
+import signal
 import subprocess
 import sys
+import time
 
 from lmboost import train
 from lmboost.config import load
@@ -94,3 +97,29 @@ def start(recipe: str, workdir, *overrides: str, file_limit_kb: int = 0) -> subp
         [*limit, *command(recipe, workdir, *overrides)], env=environment, cwd=ROOT,
         text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, status: int = 0) -> str:
+    """What a process has said, which ends with this status."""
+    output, _ = process.communicate(timeout=1500)  # on a busy machine
+    assert process.returncode == status, output
+    return output
+
+
+def wait_for_step(process: subprocess.Popen, workdir, step: int) -> None:
+    """Until metrics.jsonl has the line of a step."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        path = pathlib.Path(workdir) / "metrics.jsonl"
+        if path.exists() and re.search(rf'^{{"step": {step},', path.read_text(), re.M):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}")
+
+
+def kill_children(process: subprocess.Popen, number: int = signal.SIGKILL, which: slice = slice(None)) -> None:
+    """A signal to the training processes of a launcher, in the order in which they were started."""
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in sorted(map(int, children))[which]:
+        os.kill(child, number)

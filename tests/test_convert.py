@@ -14,6 +14,7 @@ from lmboost import checkpoint, convert, evaluate, train
 from lmboost.errors import UserError
 from lmboost.hf import reader
 from tests import hub, runs
+from tests.compare import assert_same
 
 SHORT = "--config.steps=2"
 
@@ -40,10 +41,6 @@ def published(home, workdir):
 def load(path, **changes):
     saved = checkpoint.Saved.find(str(path))
     return jax.device_get(saved.load(hub.one_device(), model=dataclasses.replace(saved.model, **changes)))
-
-
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def test_a_run_is_written_without_what_only_training_needs(workdir, published):

@@ -1,16 +1,13 @@
 """Real processes on one machine: the same batches and the same losses, however many there are, and across restarts."""
 
-import json
-import os
-import pathlib
-import re
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from tests import record, runs
+from tests.compare import losses
+from tests.runs import finish, kill_children, wait_for_step
 
 # Help of every kind for nearly all of 50 steps; every step is logged.
 LONG = (
@@ -24,17 +21,6 @@ def one(home, recipe, data, teacher):
     """(workdir, recorded batches) of an uninterrupted run of one process with eight devices."""
     finish(runs.launch(1, 8, f"{recipe}:helped", home / "one", data, teacher, *LONG, record=home / "one-batches"))
     return home / "one", record.read(home / "one-batches")
-
-
-def finish(process, status=0):
-    output, _ = process.communicate(timeout=1500)  # on a busy machine
-    assert process.returncode == status, output
-    return output
-
-
-def losses(workdir, name="loss"):
-    lines = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line[name] for line in lines if line.get(name) is not None}
 
 
 def assert_same_run(workdir, batches, expected):
@@ -51,18 +37,6 @@ def assert_same_run(workdir, batches, expected):
     for step, loss in wanted.items():
         assert found[step] == pytest.approx(loss, rel=1e-4), step
     assert losses(workdir, "val_loss") == pytest.approx(losses(want_dir, "val_loss"), rel=1e-4)
-
-
-def wait_for_step(process, workdir, step):
-    """Until metrics.jsonl has the line of a step."""
-    until = time.monotonic() + 300
-    while time.monotonic() < until:
-        path = pathlib.Path(workdir) / "metrics.jsonl"
-        if path.exists() and re.search(rf'^{{"step": {step},', path.read_text(), re.M):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError(f"no step {step}")
 
 
 @pytest.mark.slow
@@ -98,10 +72,3 @@ def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, recipe,
         finish(process, 128 + signal.SIGKILL if kill_at else 0)
         batches |= record.read(tmp_path / f"{processes}")
     assert_same_run(tmp_path / "run", batches, one)
-
-
-def kill_children(process, number=signal.SIGKILL, which=slice(None)):
-    """A signal to the training processes of a launcher, in the order in which they were started."""
-    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in sorted(map(int, children))[which]:
-        os.kill(child, number)

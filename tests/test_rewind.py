@@ -1,10 +1,8 @@
 """After a loss spike: a new run goes on from an older checkpoint of the first one, without the rows of some steps."""
 
 import contextlib
-import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -14,6 +12,7 @@ from lmboost.data import loader
 from lmboost.errors import UserError
 from lmboost.run import metrics
 from tests import runs
+from tests.compare import assert_same, lines
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +35,6 @@ def read(monkeypatch):
 
     monkeypatch.setattr(loader.Loader, "batches", spy)
     return taken
-
-
-def lines(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def rows(data, first, count=8):
@@ -66,7 +61,7 @@ def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, 
     assert "start: own checkpoint, step 6" in capsys.readouterr().out
     for batch, before in zip(read, taken[2:], strict=True):
         np.testing.assert_array_equal(batch, before)
-    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, jax.device_get(same), jax.device_get(last))))
+    assert_same(same, last)
     assert [x["step"] for x in lines(tmp_path / "second") if "loss" in x] == list(range(1, 9))
 
     with pytest.raises(UserError, match="holds a run of another config.*data.skip: '5-6' -> '5-7'"):

@@ -13,6 +13,7 @@ from lmboost import checkpoint, convert, evaluate, rounds, standalone
 from lmboost.config import load
 from lmboost.errors import UserError
 from tests import hub, runs
+from tests.compare import assert_same
 
 DEPTH = "--config.model.num_layers=4"
 
@@ -27,10 +28,6 @@ def params_of(directory):
     return checkpoint.Saved.find(str(directory)).load(hub.one_device())
 
 
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 def test_a_run_inherits_layers_and_goes_on_where_it_stopped(home, recipe, data, reference, capsys):
     still = ["--config.optimizer.learning_rate=0", "--config.mesh.fsdp=2"]  # nothing moves: the end is the start
     start = [f"--config.init.path={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
@@ -38,8 +35,8 @@ def test_a_run_inherits_layers_and_goes_on_where_it_stopped(home, recipe, data, 
     said = capsys.readouterr().out
     assert "init.path: layers: of the parent's 0,3" in said and "init.path: embedding: inherited" in said
     parent, child = params_of(reference), params_of(home / "child")
-    same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 3])], parent["layers"]))
-    same({k: v for k, v in child.items() if k != "layers"}, {k: v for k, v in parent.items() if k != "layers"})
+    assert_same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 3])], parent["layers"]))
+    assert_same({k: v for k, v in child.items() if k != "layers"}, {k: v for k, v in parent.items() if k != "layers"})
     runs.run(recipe, home / "child", data, *start, *still)
     assert "start: own checkpoint, step 8" in capsys.readouterr().out
 
@@ -49,8 +46,8 @@ def test_stacking_and_fresh_parts(home, recipe, data, reference):
     more = [DEPTH, "--config.init.fresh=head", "--config.optimizer.learning_rate=0"]
     runs.run(recipe, home / "stacked", data, *start, *more)
     parent, child = params_of(reference), params_of(home / "stacked")
-    same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 1, 0, 1])], parent["layers"]))
-    same(child["embed"], parent["embed"])
+    assert_same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 1, 0, 1])], parent["layers"]))
+    assert_same(child["embed"], parent["embed"])
     assert np.abs(np.asarray(child["head"]) - np.asarray(parent["head"])).max() > 1e-3
 
 
@@ -86,7 +83,7 @@ def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, re
     start = [f"--config.init.path={reference}", "--config.init.kind=inherit", "--config.init.layers=0,3"]
     more = ["--config.init.fresh=head,final_norm", "--config.seed=5", "--config.optimizer.learning_rate=0"]
     runs.run(recipe, home / "by-run", data, *start, *more, "--config.steps=2")
-    same(params_of(home / "made"), params_of(home / "by-run"))
+    assert_same(params_of(home / "made"), params_of(home / "by-run"))
     manifest = manifest_of(home / "made")
     assert manifest["model"] == manifest_of(reference)["model"] | {"num_layers": 2}
     assert manifest["data"] == {"tokenizer": manifest_of(reference)["data"]["tokenizer"]}
@@ -98,27 +95,27 @@ def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, re
 
 def test_all_layers_are_the_parent_and_it_stands_wherever_a_checkpoint_can(home, recipe, data, reference):
     convert.convert(reference, str(home / "whole"), layers="0-3", report=lambda _: None)
-    same(params_of(home / "whole"), params_of(reference))
+    assert_same(params_of(home / "whole"), params_of(reference))
     spec = data.removeprefix("--config.data.train=")
     expected = evaluate.evaluate(reference, batches=2, seq_len=32)
     assert evaluate.evaluate(str(home / "whole"), spec, batches=2, seq_len=32) == expected
     convert.convert(str(home / "whole"), f"hf:{home / 'published'}", report=lambda _: None)
-    same(params_of(f"hf:{home / 'published'}"), params_of(reference))
+    assert_same(params_of(f"hf:{home / 'published'}"), params_of(reference))
     still = [f"--config.init.path={home / 'whole'}", "--config.optimizer.learning_rate=0", "--config.steps=2"]
     runs.run(recipe, home / "trained-on", data, DEPTH, *still)
-    same(params_of(home / "trained-on"), params_of(reference))
+    assert_same(params_of(home / "trained-on"), params_of(reference))
 
 
 def test_layers_of_a_hub_directory(tmp_path):
     params = hub.write(tmp_path / "hub", dataclasses.replace(hub.LLAMA, num_layers=3, vocab_multiple=8))
     convert.convert(f"hf:{tmp_path / 'hub'}", str(tmp_path / "out"), layers="0,2", report=lambda _: None)
     child = params_of(tmp_path / "out")
-    same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 2])], params["layers"]))
-    same(child["embed"]["embedding"], params["embed"]["embedding"][: hub.VOCAB])
+    assert_same(child["layers"], jax.tree.map(lambda x: x[np.array([0, 2])], params["layers"]))
+    assert_same(child["embed"]["embedding"], params["embed"]["embedding"][: hub.VOCAB])
     assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
     assert manifest_of(tmp_path / "out")["data"] == manifest_of(f"hf:{tmp_path / 'hub'}")["data"]
     convert.convert(f"hf:{tmp_path / 'hub'}", f"hf:{tmp_path / 'back'}", layers="0,2", report=lambda _: None)
-    same(params_of(f"hf:{tmp_path / 'back'}"), child)
+    assert_same(params_of(f"hf:{tmp_path / 'back'}"), child)
 
 
 def test_layers_in_another_dtype_with_a_part_at_random(tmp_path):
@@ -130,7 +127,7 @@ def test_layers_in_another_dtype_with_a_part_at_random(tmp_path):
     stored = checkpoint.tree_metadata(saved.directory, "params")
     assert {x.dtype for x in jax.tree.leaves(stored)} == {jax.numpy.bfloat16}
     child = jax.device_get(saved.load(hub.one_device(), "bfloat16"))
-    same(child["layers"], jax.tree.map(lambda x: np.asarray(x[1:2], "bfloat16"), params["layers"]))
+    assert_same(child["layers"], jax.tree.map(lambda x: np.asarray(x[1:2], "bfloat16"), params["layers"]))
     assert np.abs(child["head"] - np.asarray(params["head"], "bfloat16")).max() > 1e-3
 
 
@@ -141,7 +138,7 @@ def test_layers_of_unequal_sizes(tmp_path):
     checkpoint.save_params(tmp_path / "parent", params, manifest)
     convert.convert(str(tmp_path / "parent"), str(tmp_path / "out"), layers="1-3", report=lambda _: None)
     child, made = params_of(tmp_path / "out"), manifest_of(tmp_path / "out")["model"]
-    same(child["layers"], {"0": params["layers"]["1"], "1": params["layers"]["2"]})
+    assert_same(child["layers"], {"0": params["layers"]["1"], "1": params["layers"]["2"]})
     assert made == manifest["model"] | {"num_layers": 3, "layer_sizes": "2*2/1/8/32,4/2/8/40", "mlp_dim": 40}
     done = verb("rank", f"--checkpoint={tmp_path / 'out'}", f"--out={tmp_path / 'rank'}")
     assert done.returncode == 2 and "has layers of 2, 4 heads" in done.stderr and "Traceback" not in done.stderr

@@ -1,6 +1,5 @@
 """The loop: what it writes, how it goes on, what it refuses."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -18,6 +17,7 @@ from lmboost import checkpoint, evaluate, train
 from lmboost.errors import UserError
 from lmboost.run import checkpointer, log
 from tests import runs
+from tests.compare import assert_same, content, lines
 
 
 @pytest.fixture(scope="module")
@@ -32,22 +32,9 @@ def helped(home, recipe, data, teacher):
     return home / "helped", runs.run(f"{recipe}:helped", home / "helped", data, teacher)
 
 
-def lines(workdir):
-    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def same(a, b):
-    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
-
-
 def restored(workdir, like):
     directory = checkpoint.find(str(workdir))
     return checkpointer.restore_state(directory, like, jax.tree.map(lambda x: x.sharding, like))[0]
-
-
-def content(directory):
-    files = sorted(p for p in pathlib.Path(directory).rglob("*") if p.is_file())
-    return hashlib.sha256(b"".join(p.name.encode() + p.read_bytes() for p in files)).hexdigest()
 
 
 def test_a_run_writes_its_numbers_and_a_manifest(helped):
@@ -75,12 +62,13 @@ def test_the_loss_falls(plain):
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_the_teacher_is_unchanged_and_in_no_checkpoint(home, helped):
+def test_the_teacher_is_unchanged_and_in_no_checkpoint(teacher, helped):
     workdir, state = helped
+    helper = pathlib.Path(teacher.partition("=")[2])
     fingerprint = json.loads((workdir / "manifest.json").read_text())["teacher"]["fingerprint"]
-    before = content(home / "teacher" / "checkpoints")
-    params = checkpoint.Saved.find(str(home / "teacher")).load(_mesh(), "bfloat16")
-    assert checkpoint.fingerprint(params) == fingerprint and content(home / "teacher" / "checkpoints") == before
+    before = content(helper / "checkpoints")
+    params = checkpoint.Saved.find(str(helper)).load(_mesh(), "bfloat16")
+    assert checkpoint.fingerprint(params) == fingerprint and content(helper / "checkpoints") == before
     expected = sum(x.size for x in jax.tree.leaves(state))
     for step in (workdir / "checkpoints").iterdir():
         found = [checkpoint.tree_metadata(step, part) for part in ("params", "training")]
@@ -114,12 +102,12 @@ def test_without_weight_it_is_bitwise_the_plain_run(home, recipe, data, teacher,
         "--config.objective.select.candidates=1",
     )
     state = runs.run(f"{recipe}:helped", home / "off", data, teacher, *off)
-    assert same(state, plain[1])
+    assert_same(state, plain[1])
 
 
 def test_a_finished_run_is_left_alone(plain, recipe, data, capsys):
     before = content(plain[0])
-    assert same(runs.run(recipe, plain[0], data), plain[1])
+    assert_same(runs.run(recipe, plain[0], data), plain[1])
     assert "is finished" in capsys.readouterr().out and content(plain[0]) == before
 
 
@@ -149,7 +137,8 @@ def test_it_goes_on_bitwise_from_where_it_stopped(stop, tmp_path, recipe, data, 
         patch.setattr(log.RunLog, "profile", stopping)
         runs.run(f"{recipe}:helped", tmp_path, data, teacher)
     state = runs.run(f"{recipe}:helped", tmp_path, data, teacher)
-    assert same(state, helped[1]) and same(restored(tmp_path, state), helped[1])
+    assert_same(state, helped[1])
+    assert_same(restored(tmp_path, state), helped[1])
     times = {"tokens_per_second", "goodput"}
     numbers = [{k: v for k, v in line.items() if k not in times} for line in lines(tmp_path)]
     expected = [{k: v for k, v in line.items() if k not in times} for line in lines(helped[0])]
@@ -169,7 +158,7 @@ def kill_and_restart(kills, seconds, tmp_path, recipe, data, teacher, expected):
     process = runs.start(*arguments)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert same(restored(tmp_path / "run", expected), expected)
+    assert_same(restored(tmp_path / "run", expected), expected)
 
 
 @pytest.mark.slow
@@ -183,7 +172,7 @@ def test_init_from_takes_parameters_and_resume_from_takes_all(home, recipe, data
     assert f"start: init.path {workdir}" in capsys.readouterr().out
     assert lines(home / "init")[0]["loss"] < lines(workdir)[0]["loss"] - 0.3
     again = runs.run(recipe, home / "resumed", data, f"--config.resume.path={workdir}/checkpoints/6")
-    assert same(again, state)
+    assert_same(again, state)
     assert [line["step"] for line in lines(home / "resumed") if "loss" in line] == list(range(1, 9))
     with pytest.raises(UserError, match="data position"):
         runs.run(recipe, home / "other", data, f"--config.resume.path={workdir}/checkpoints/6", "--config.seed=3")
@@ -289,10 +278,10 @@ def test_a_workdir_of_another_config_is_refused(recipe, data, plain):
         runs.run(recipe, plain[0], data, "--config.optimizer.learning_rate=0.02")
 
 
-def test_a_teacher_that_changed_is_refused(tmp_path, recipe, data, home):
+def test_a_teacher_that_changed_is_refused(tmp_path, recipe, data, teacher):
     arguments = ("--config.model.num_layers=1", "--config.model.d_model=16")
     helper = tmp_path / "helper"
-    shutil.copytree(home / "teacher", helper)
+    shutil.copytree(teacher.partition("=")[2], helper)
     given = (data, f"--config.teacher.path={helper}", KD, "--config.objective.kd.stop=1")
     with pytest.raises(UserError):
         runs.run(recipe, tmp_path / "run", *given, "--config.optimizer.learning_rate=1e30", "--config.max_nonfinite=1")

@@ -19,18 +19,13 @@ from lmboost.data import prepare as prepare_lib
 from lmboost.data import records
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
+from tests.compare import content
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 def quiet(out, *sources, **arguments):
     return prepare_lib.prepare(out, list(sources), **arguments, report=lambda line: None)
-
-
-def content(directory):
-    """Every file of a directory."""
-    paths = sorted(path for path in pathlib.Path(directory).rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in paths}
 
 
 def streams(directory, split):

@@ -18,9 +18,9 @@ from lmboost.generate import Generator
 from lmboost.models import attention, transformer
 from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes, parse_sizes
 from lmboost.models.transformer import Block
-from lmboost.run import metrics
 from lmboost.surgery import attention_rank
 from tests import runs
+from tests.compare import assert_same, losses
 from tests.models.test_transformer import GRID, apply, batch, cached, close, params_of, state_and_gradient, trees_close
 
 SIZES = "2*4/2/8/48,6/3/16/32"
@@ -295,32 +295,25 @@ def trained(home, recipe, data):
     return home / "unequal", runs.run(recipe, home / "unequal", data, *RUN_SIZES)
 
 
-def same(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
-
-
-def losses(workdir, name="loss"):
-    return [line[name] for line in metrics.read(str(workdir)) if line.get(name) is not None]
-
-
 @pytest.mark.slow
 def test_a_run_learns_and_goes_on_bitwise(trained, tmp_path, recipe, data):
     workdir, state = trained
-    assert losses(workdir)[-1] < losses(workdir)[0] - 0.3
+    loss = list(losses(workdir).values())
+    assert loss[-1] < loss[0] - 0.3
     assert {name: jax.tree.leaves(x)[0].shape[0] for name, x in state.params["model"]["layers"].items()} == {
         "0": 1, "1": 2,
     }  # fmt: skip
     resumed = runs.run(recipe, tmp_path, data, *RUN_SIZES, f"--config.resume.path={workdir}/checkpoints/6")
-    same(state, resumed)
+    assert_same(state, resumed)
 
 
 @pytest.mark.slow
 def test_it_is_evaluated_and_teaches(trained, tmp_path, recipe, data):
     workdir, _ = trained
     found = evaluate.evaluate(str(workdir), batches=2, batch_size=8)
-    assert found["val_loss"] == pytest.approx(losses(workdir, "val_loss")[-1], rel=1e-5)
+    assert found["val_loss"] == pytest.approx([*losses(workdir, "val_loss").values()][-1], rel=1e-5)
     helps = [f"--config.objective.{x}" for x in ("kd.weight=0.5", "kd.stop=1", "align.weight=1", "align.stop=1")]
     runs.run(recipe, tmp_path, data, f"--config.teacher.path={workdir}", *helps, "--config.steps=3")
-    assert losses(tmp_path, "kd")[0] > 0 and losses(tmp_path, "align")[0] < 0
+    assert losses(tmp_path, "kd")[1] > 0 and losses(tmp_path, "align")[1] < 0
     manifest = checkpoint.read_manifest(checkpoint.find(str(tmp_path)))
     assert manifest["teacher"]["model"]["layer_sizes"] == "2/1/16/64,2*1/1/8/32"

@@ -5,7 +5,6 @@ import random
 import shutil
 
 import jax
-import numpy as np
 import pytest
 
 from lmboost import config, optimizers, plan, sharding, train
@@ -13,10 +12,7 @@ from lmboost.errors import UserError
 from lmboost.run import checkpointer
 from lmboost.run.checkpointer import Checkpointer
 from tests import runs
-
-
-def same(a, b):
-    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y)), a, b)))
+from tests.compare import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +78,8 @@ def test_a_harmed_checkpoint_is_named_and_the_one_before_is_used(harm, workdir, 
         shutil.copytree(keep, newest)
         HARMS[harm](newest / path.relative_to(keep), draw)
         state, position, step = reader(workdir)
-        assert same(state, want[step]) and position["step"] == step
+        assert_same(state, want[step])
+        assert position["step"] == step
         used.append(step)
         said = capsys.readouterr().err
         assert newest.exists() == (step == 6)
@@ -110,7 +107,8 @@ def test_if_none_is_whole_nothing_is_touched(workdir, reader):
 def test_a_run_goes_on_from_the_one_before_and_ends_the_same(workdir, trained, recipe, data, capsys):
     max(files(workdir / "checkpoints" / "6" / "training"), key=lambda p: p.stat().st_size).write_bytes(b"")
     state = runs.run(recipe, workdir, data, "--config.checkpoint.keep=3")
-    assert "start: own checkpoint, step 4" in capsys.readouterr().out and same(state, trained[1])
+    assert "start: own checkpoint, step 4" in capsys.readouterr().out
+    assert_same(state, trained[1])
 
 
 def test_a_position_that_does_not_fit_is_fatal(workdir, recipe, data):
@@ -162,7 +160,8 @@ def test_saves_that_fail_are_said_and_made_good(tmp_path, recipe, data, trained,
     said = capsys.readouterr().err
     assert "WARNING: saving the checkpoint of step 3 failed (OSError: [Errno 28] No space left on device)" in said
     assert "saving the checkpoint of step 4 failed" in said
-    assert steps(tmp_path) == [5, 6, 8] and same(state, trained[1])
+    assert steps(tmp_path) == [5, 6, 8]
+    assert_same(state, trained[1])
 
 
 def test_a_directory_that_cannot_be_opened_anew_is_tried_again(tmp_path, recipe, data, trained, monkeypatch, capsys):
@@ -189,4 +188,5 @@ def test_a_directory_that_cannot_be_opened_anew_is_tried_again(tmp_path, recipe,
     assert "saving the checkpoint of step 2 failed (OSError: [Errno 28]" in said
     assert "saving the checkpoint of step 3 failed (OSError: [Errno 30] Read-only" in said
     assert "saving the checkpoint of step 4 failed (OSError: [Errno 30] Read-only" in said
-    assert steps(tmp_path) == [5, 6, 8] and len(opened) == 4 and same(state, trained[1])
+    assert steps(tmp_path) == [5, 6, 8] and len(opened) == 4
+    assert_same(state, trained[1])

@@ -16,7 +16,8 @@ import pytest
 
 from lmboost import checkpoint
 from tests import runs
-from tests.test_hosts import finish, kill_children, losses, wait_for_step
+from tests.compare import losses
+from tests.runs import finish, kill_children, wait_for_step
 
 pytestmark = pytest.mark.slow
 STEPS = ("--config.steps=24", "--config.checkpoint.every=4", "--config.checkpoint.keep=3", "--config.eval.every=6")
@@ -185,20 +186,18 @@ def test_a_host_without_its_data_stops_all_with_its_message(tmp_path, job, monke
 
 
 def test_damaged_data_ends_the_run_and_costs_nothing(tmp_path, recipe, data, teacher, whole):
-    good = pathlib.Path(data.partition("=")[2])
-    kept = shutil.copytree(good, tmp_path / "kept")
-    arguments = (f"{recipe}:helped", tmp_path / "run", data, teacher, *STEPS)
-    (shard,) = [p for p in good.iterdir() if "train" in p.name and p.is_file()]
-    try:
-        content = bytearray(shard.read_bytes())
-        content[len(content) // 2] ^= 1
-        shard.write_bytes(content)
-        output = finish(runs.start(*arguments), 2)
-        assert f"{shard} is damaged" in output and "copy the data set again" in output
-        shard.unlink()
-        assert f"{shard} is missing" in finish(runs.start(*arguments), 2)
-    finally:
-        shutil.copy(kept / shard.name, shard)
+    good = data.partition("=")[2]
+    harmed = shutil.copytree(good, tmp_path / "data")
+    arguments = (f"{recipe}:helped", tmp_path / "run", f"--config.data.train={harmed}", teacher, *STEPS)
+    (shard,) = [p for p in harmed.iterdir() if "train" in p.name and p.is_file()]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    output = finish(runs.start(*arguments), 2)
+    assert f"{shard} is damaged" in output and "copy the data set again" in output
+    shard.unlink()
+    assert f"{shard} is missing" in finish(runs.start(*arguments), 2)
+    shutil.copy(pathlib.Path(good) / shard.name, shard)
     finish(runs.start(*arguments))
     assert final(tmp_path / "run") == final(whole[1])
 

@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import io
-import json
 import math
 import os
 import struct
@@ -31,18 +30,11 @@ from lmboost.objective.select import Selection
 from lmboost.objective.terms import Objective
 from lmboost.run import metrics
 from lmboost.run.progress import Progress, short
+from tests.compare import lines
 
 CONFIG = ModelConfig(
     vocab_size=50, num_layers=3, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24, attention="xla"
 )
-
-
-def lines(workdir):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    with open(os.path.join(workdir, metrics.FILE)) as file:
-        return [json.loads(line, parse_constant=refuse) for line in file]
 
 
 def write(workdir, steps, resume_step=0, **kwargs):

@@ -8,7 +8,8 @@ import pytest
 
 from lmboost import checkpoint
 from tests import runs
-from tests.test_hosts import finish, losses
+from tests.compare import losses
+from tests.runs import finish
 
 pytestmark = pytest.mark.slow
 

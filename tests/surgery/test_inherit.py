@@ -12,6 +12,7 @@ from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.presets import preset, tiny
 from lmboost.surgery import inherit
+from tests.compare import assert_same
 
 PARENTS = {name: tiny(preset(name), 6) for name in ("gpt2", "pythia-70m", "smollm2-135m", "openllama-3b")}
 SIZES = "2*4/2/16/128,2*2/1/16/96,2*4/2/8/64"
@@ -38,14 +39,10 @@ def states(config, params, capture=()):
     return transformer.apply(config, params, TOKENS, ids, positions, capture=capture)
 
 
-def same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
-
-
 @parents
 def test_all_layers_are_the_parent_bitwise(parent):
     for kind in ("inherit", "stack"):
-        same(inherited(parent, parent, kind), params_of(parent, 0))
+        assert_same(inherited(parent, parent, kind), params_of(parent, 0))
 
 
 @parents
@@ -66,7 +63,7 @@ def test_chosen_layers_and_stacks():
     ):  # fmt: skip
         child = dataclasses.replace(parent, num_layers=count)
         after = inherited(parent, child, kind, layers)["layers"]
-        same(after, jax.tree.map(lambda x, expected=expected: x[np.array(expected)], before))
+        assert_same(after, jax.tree.map(lambda x, expected=expected: x[np.array(expected)], before))
 
 
 @pytest.mark.parametrize(
@@ -84,11 +81,11 @@ def test_layers_of_unequal_sizes_are_taken_one_by_one(kind, layers, indices, siz
     taken = start.KINDS[kind](layers, "", parent, child)
     after = jax.jit(taken)(before, params_of(child, 1))
     for new, old in enumerate(indices):
-        same(transformer.one_layer(child, after, new)[1], transformer.one_layer(parent, before, old)[1])
+        assert_same(transformer.one_layer(child, after, new)[1], transformer.one_layer(parent, before, old)[1])
     assert jax.tree.map(np.shape, after) == jax.tree.map(np.shape, params_of(child, 1))
     mesh = sharding.make_mesh(2, 2, 2)
     placed = jax.device_put((before, params_of(child, 1)), sharding.tree_sharding((before, after), mesh))
-    same(jax.jit(taken, out_shardings=sharding.tree_sharding(after, mesh))(*placed), after)
+    assert_same(jax.jit(taken, out_shardings=sharding.tree_sharding(after, mesh))(*placed), after)
 
 
 def test_a_child_of_other_sizes_is_told_what_to_set():
@@ -109,9 +106,9 @@ def test_fresh_parts_stay_as_they_are_at_random():
     child = dataclasses.replace(parent, num_layers=2)
     old, new = params_of(parent, 0), params_of(child, 1)
     params = inherited(parent, child, fresh="positions, final_norm")
-    same(params["position_embed"], new["position_embed"])
-    same(params["final_norm"], new["final_norm"])
-    same(params["embed"], old["embed"])
+    assert_same(params["position_embed"], new["position_embed"])
+    assert_same(params["final_norm"], new["final_norm"])
+    assert_same(params["embed"], old["embed"])
     taken = inherit.plan("", "positions", parent, child)
     assert taken.report(params) == [
         "layers: of the parent's 0-1", "embedding: inherited", "final_norm: inherited", "positions: random",

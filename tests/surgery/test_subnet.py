@@ -13,6 +13,7 @@ from lmboost.models.model_config import LayerSizes, format_sizes
 from lmboost.surgery import subnet
 from lmboost.surgery.subnet import Cut, LayerCut
 from tests import dense
+from tests.compare import assert_same
 from tests.surgery import masked
 from tests.surgery.masked import LLAMA, PARENTS, SPACES
 
@@ -33,11 +34,6 @@ def forward(config, params, batch):
 
 def close(got, expected):
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
-
-
-def same(a, b):
-    assert jax.tree.structure(a) == jax.tree.structure(b)
-    jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
 def shapes(tree):
@@ -83,7 +79,7 @@ def test_the_whole_cut_is_the_parent_bitwise(name):
     parent, params = PARENTS[name], masked.random_params(PARENTS[name])
     assert subnet.whole(parent) == masked.whole(parent)
     assert subnet.child_config(parent, masked.whole(parent)) == parent
-    same(subnet.extract(parent, params, masked.whole(parent)), params)
+    assert_same(subnet.extract(parent, params, masked.whole(parent)), params)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "olmo2"])
@@ -113,7 +109,7 @@ def test_a_cut_of_a_cut_is_a_cut(name):
         twice = subnet.extract(child, subnet.extract(parent, params, first), second)
         return twice, subnet.extract(parent, params, at_once)
 
-    same(*run(params))
+    assert_same(*run(params))
 
 
 def test_a_bfloat16_parent_has_a_bfloat16_child():
