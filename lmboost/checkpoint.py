@@ -68,11 +68,12 @@ class Run:
         if not self.manifest_path.exists():
             return None
         try:
-            return dict(json.loads(self.manifest_path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.manifest_path} is not a manifest: expected a JSON object. Was it edited by hand?"
-            ) from error
+            found = json.loads(self.manifest_path.read_bytes())
+        except ValueError:  # of UTF-8, too
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.manifest_path} is not a manifest: expected a JSON object. Was it edited by hand?")
+        return found
 
 
 def find(path: str, step: int = -1, field: str = "path") -> epath.Path:
