@@ -132,7 +132,7 @@ def _adafactor(params_shapes: Any) -> optax.GradientTransformation:
         return f"layers{x.shape[0]}" if "layers" in sharding.path_name(keys).split("/") else "rest"
 
     labels = jax.tree_util.tree_map_with_path(label, params_shapes)
-    kinds = set(jax.tree.leaves(labels))
+    kinds = sorted(set(jax.tree.leaves(labels)))  # in one order: all processes must trace one program
     return optax.partition({k: plain if k == "rest" else _per_layer(_as_matrices(plain)) for k in kinds}, labels)
 
 
