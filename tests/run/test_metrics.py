@@ -138,7 +138,7 @@ def test_tensorboard_holds_the_numbers_and_a_resume_purges_later_ones(tmp_path):
 
 FULL = """
 import errno, json, os, sys
-from lmboost import metrics
+from lmboost.run import metrics
 directory, filler = sys.argv[1] + "/run", sys.argv[1] + "/filler"
 writers = metrics.Writers(directory)
 for s in range(1, 11):
