@@ -15,7 +15,7 @@ from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.search.space import Orders, Space
-from lmboost.surgery import subnet
+from tests.search.promises import check_cut
 
 # Trained without help, and "nokd", whose only help is the start that the search gives it.
 ALONE = ("plain", "teacher", "reference", "scratch", "double", "shallow", "half_width", "parent", "nokd")
@@ -126,7 +126,7 @@ def test_a_search_finds_cuts_of_the_plain_models_size(path, sizes):
     parent, rng = module(path).parent(sizes), np.random.default_rng(0)
     space = Space.from_config(cut.search, parent, Orders.natural(parent))
     for found in (space.sample(rng), space.sample(rng)):
-        assert space.low <= subnet.child_config(parent, found).num_params() <= space.high
+        check_cut(space, found)
     for model in map(model_of, (plain, cut)):
         assert space.low <= model.num_params() <= space.high
     own = {"layers": model.num_layers, "group_heads": model.num_heads // model.num_kv_heads}
