@@ -196,8 +196,10 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     rows = [report["baseline"], *report["runs"]]
     losses = [["run", *(f"{float(f):.0%}" for f in report["baseline"]["loss_at"]), "final"]]
     costs = [["run", "tokens", "x", "FLOPs", "x"]]
-    helper = report["helper_flops"] is not None
-    costs[0] += ["with helper's training", "x"] if helper else []
+    spent = {"flops_to_target": "flops_fraction"}
+    if report["helper_flops"] is not None:
+        costs[0] += ["with helper's training", "x"]
+        spent["flops_with_helper"] = "flops_with_helper_fraction"
     for row in rows:
         name = _title(report, row)
         losses.append([name, *(_cell(v, "{:.4f}") for v in [*row["loss_at"].values(), row["final"]["val_loss"]])])
@@ -205,9 +207,8 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         tokens = row["tokens_to_target"]
         tokens = "-" if tokens is None else bound + progress.short(tokens)
         cells = [name, tokens, _cell(row["tokens_fraction"], bound + "{:.2f}")]
-        for what in ("flops", "flops_with_helper") if helper else ("flops",):
-            spent = row[what + "_to_target" if what == "flops" else what]
-            cells += [_cell(spent, bound + "{:.3g}"), _cell(row[f"{what}_fraction"], bound + "{:.2f}")]
+        for flops, multiple in spent.items():
+            cells += [_cell(row[flops], bound + "{:.3g}"), _cell(row[multiple], bound + "{:.2f}")]
         costs.append(cells)
     target = report["target_loss"]
     tables = [
