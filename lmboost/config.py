@@ -303,8 +303,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """
     a, b = flatten(base()) | {modern(name): value for name, value in flatten(old).items()}, flatten(new)
     names = [n for n in sorted({*a, *b}) if not any(n == f or n.startswith(f + ".") for f in FREE)]
-    missing = object()
-    return [f"{n}: {a.get(n, None)!r} -> {b.get(n, None)!r}" for n in names if a.get(n, missing) != b.get(n, missing)]
+    return [f"{n}: {a.get(n)!r} -> {b.get(n)!r}" for n in names if a.get(n) != b.get(n)]
 
 
 def variants(variant: str, known: Iterable[str]) -> set[str]:

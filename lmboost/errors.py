@@ -1,5 +1,6 @@
 """Errors that the user can mend, how a verb ends on one, and what its exit status says to a launcher."""
 
+import argparse
 import difflib
 import math
 import os
@@ -65,6 +66,14 @@ def run_verb(main: Callable[[list[str]], None], doc: str) -> None:
     if "--help" in argv or "-h" in argv:
         sys.exit(print(doc))
     exit_on_user_error(lambda: main(argv), show_traceback="--traceback" in argv)
+
+
+def run_flags(main: Callable[..., None], parser: argparse.ArgumentParser) -> None:
+    """A verb whose flags `parser` knows: `main` of them by their names, ended as above. --traceback comes with it."""
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
+    flags = vars(parser.parse_args())
+    show_traceback = flags.pop("traceback")
+    exit_on_user_error(lambda: main(**flags), show_traceback)
 
 
 def exit_at_once(status: int) -> None:

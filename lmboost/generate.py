@@ -12,7 +12,7 @@ Shape suffixes: B rows, P slots of the prompts, N slots for new tokens, S = P + 
 import argparse
 import dataclasses
 import functools
-import sys
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import tokenizer as tokenizers
-from lmboost.errors import UserError, exit_on_user_error, one_of
+from lmboost.errors import UserError, one_of, run_flags
 from lmboost.models import attention, transformer, vocabulary
 from lmboost.models.model_config import DTYPES, ModelConfig
 
@@ -311,6 +311,17 @@ def generate(
     ]
 
 
+def _print(prompt: Sequence[str], prompts: str, **flags) -> None:
+    """The verb: prints each prompt, those of the file `prompts` last, with its continuation."""
+    try:
+        texts = [*prompt, *(pathlib.Path(prompts).read_text("utf-8").splitlines() if prompts else ())]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={prompts!r} can't be read: {error}.") from error
+    if not texts:
+        raise UserError("--prompt is missing: give a prompt, or a file of prompts with --prompts.")
+    print(f"\n{'-' * 40}\n".join(generate(prompts=texts, **flags)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or hf:DIR")
@@ -323,33 +334,14 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
     parser.add_argument("--tokenizer", default="", help="empty: the model's own, beside it or in its data")
-    parser.add_argument(
-        "--bos", default="auto", choices=("auto", "always", "never"), help="begin token before a prompt"
-    )
+    when = ("auto", "always", "never")
+    parser.add_argument("--bos", default="auto", choices=when, help="begin token before a prompt")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     parser.add_argument("--dtype", default="", help="of compute; empty is the model's own")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are spread")
     parser.add_argument("--tensor", type=int, default=1, help="devices over which heads and vocabulary are spread")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
-    flags = vars(parser.parse_args())
-    show_traceback, prompts, path = flags.pop("traceback"), flags.pop("prompt"), flags.pop("prompts")
-
-    def run():
-        texts = prompts + (_read_prompts(path) if path else [])
-        if not texts:
-            raise UserError("--prompt is missing: give a prompt, or a file of prompts with --prompts.")
-        print(f"\n{'-' * 40}\n".join(generate(prompts=texts, **flags)))
-
-    exit_on_user_error(run, show_traceback)
-
-
-def _read_prompts(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts={path!r} can't be read: {error}.") from error
+    run_flags(_print, parser)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -25,6 +25,7 @@ from lmboost.errors import UserError, nearest
 from lmboost.generate import Generator, Sampling, bucket
 from lmboost.models import attention, transformer, vocabulary
 from lmboost.models.model_config import ModelConfig
+from lmboost.places import brief
 
 # The harness estimates some errors by bootstrap, in processes that it forks: with jax running, these may hang.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -354,9 +355,8 @@ def in_training(lm: LanguageModel, names: Sequence[str], include: str = "") -> C
     try:
         getattr(manager, "load", manager.load_task_or_group)(manager.match_tasks(list(names)))
     except Exception as error:  # of the network, the hub, a YAML file, a data set's own code
-        cause = str(error).strip().split("\n")[0][:300]
         raise UserError(
-            f"eval.tasks={','.join(names)!r}: the data can't be read ({type(error).__name__}: {cause}). Read it once "
+            f"eval.tasks={','.join(names)!r}: the data can't be read ({brief(error)}). Read it once "
             "on a machine with a network, or leave the task out."
         ) from error
 

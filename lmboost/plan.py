@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from lmboost import checkpoint, flops, sharding, start
 from lmboost import config as configs
-from lmboost.checkpoint import PACKAGES, versions
 from lmboost.data import loader
 from lmboost.data.rows import Rows, parse_ranges
 from lmboost.errors import UserError
@@ -240,7 +239,7 @@ def _manifest(config, student, train_data, validation_data, teacher, scorer) -> 
         },
         "teacher": helper(teacher),
         "scorer": helper(scorer),
-        "versions": {"python": sys.version.split()[0]} | versions(PACKAGES),
+        "versions": {"python": sys.version.split()[0]} | checkpoint.versions(),
         "command": [os.path.basename(sys.executable), *sys.argv],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

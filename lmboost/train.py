@@ -127,7 +127,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if preempted.reached(step):
                 if step > first:
                     save_at(step, checkpointer.finish)
-                raise _stop(step, checkpointer.finished_steps())
+                raise _stop(step, checkpoint.Run(workdir).steps())
             span = run.span(step)
             fresh = step_fn is None or step == span.first
             if fresh:
@@ -186,10 +186,9 @@ def _start(
     fresh = lambda: init_state(run.init_params(), tx)  # noqa: E731
     like = jax.eval_shape(fresh)
     shardings = sharding.tree_sharding(like, mesh)
-    resume, init = c.resume.path, c.init.path
     found, origin = checkpointer.restore(like, shardings), "own checkpoint"
-    if not found and resume:
-        directory, origin = checkpoint.find(resume, c.resume.step, "resume.path"), "resume.path"
+    if not found and c.resume.path:
+        directory, origin = checkpoint.find(c.resume.path, c.resume.step, "resume.path"), "resume.path"
         state, position = restore_state(directory, like, shardings)
         check_fingerprints(directory, state, position)
         found = state, position, position["step"]
@@ -202,8 +201,8 @@ def _start(
         say(f"start: {origin}, step {step}")
         return state, step, evaluated
     state = jax.jit(fresh, out_shardings=shardings)()
-    if init:
-        parent = checkpoint.Saved.find(init, c.init.step, "init.path")
+    if c.init.path:
+        parent = checkpoint.Saved.find(c.init.path, c.init.step, "init.path")
         params, remarks = start.from_init(
             parent, c.init.kind, c.init.layers, c.init.fresh, run.student, run.train_data, state.params["model"], mesh
         )

@@ -223,11 +223,7 @@ def _update(state: TrainState, grads, finite, tx: optax.GradientTransformation) 
 def _metrics(program: Program, step, gathered: _Gathered, probes: Mapping[str, jax.Array]) -> Metrics:
     """(sum, count) of the terms, in nats per token, and of the helps' weights."""
     (sums, align_sum), weights = gathered, program.objective.weights
-    metrics = {
-        "loss": (sums.loss, sums.count),
-        "ce": (sums.ce, sums.count),
-        "predicted_tokens": _one(sums.count),
-    }
+    metrics = {"loss": (sums.loss, sums.count), "ce": (sums.ce, sums.count), "predicted_tokens": _one(sums.count)}
     if "kd" in program.helps:
         metrics["kd"] = (sums.kd, sums.count)
         metrics["kd_weight"] = _one(weights["kd"](step))

@@ -167,13 +167,12 @@ class Program:
         return found
 
     def _collective(self, one: _Instruction, kind: str, computation: str, times: int) -> Collective:
-        operands = self._operands(one, computation)
-        results = arrays_of(one.shape)
+        operands = tuple(a for name in one.operands for a in arrays_of(self._named(name, computation).shape))
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # TPUs' fused form: the slice that a chip keeps is taken outside
         n = group_size(one.line, self._num_devices)
         received = _received(kind, sum(a.bytes for a in operands), n)
-        return Collective(kind, operands, results, n, times, received, _name(one.line))
+        return Collective(kind, operands, arrays_of(one.shape), n, times, received, _name(one.line))
 
     def _between_slices(self, one: _Instruction, transfer: str, times: int) -> Collective:
         sent = next(a for a in arrays_of(one.shape) if a.dims or a.dtype != "u32")
@@ -183,9 +182,6 @@ class Program:
         return Collective(
             f"{kind} between slices", (sent,), (sent,), n, times, _received(kind, sent.bytes, n), _name(one.line)
         )
-
-    def _operands(self, one: _Instruction, computation: str) -> tuple[Array, ...]:
-        return tuple(a for name in one.operands for a in arrays_of(self._named(name, computation).shape))
 
 
 def _constant(one: _Instruction) -> int:

@@ -56,15 +56,11 @@ class Checkpointer:
     def _report_unfinished(self) -> None:
         if jax.process_index() or not self.directory.exists():
             return
-        finished = {str(step) for step in self.finished_steps()}
+        finished = {str(step) for step in self._run.steps()}
         for path in self.directory.iterdir():
             step = path.name.split(".")[0]
             if step.isdigit() and path.name not in finished:
                 processes.warn(f"the checkpoint of step {step} was not finished when the run ended; it is removed.")
-
-    def finished_steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, in ascending order."""
-        return self._run.steps()
 
     def restore(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
         """(state, data position, step) of the newest checkpoint that is whole; None if there is no checkpoint.
@@ -72,7 +68,7 @@ class Checkpointer:
         Newer ones that are damaged are named and moved to WORKDIR/damaged-STEP. Raises a UserError if all of them are.
         """
         damaged = []
-        for step in self.finished_steps()[::-1]:
+        for step in self._run.steps()[::-1]:
             directory = self._run.at(step)
             found = self._try(restore_state, directory, like, shardings)
             error = found if isinstance(found, Exception) else self._try(check_fingerprints, directory, *found)
@@ -159,7 +155,7 @@ class Checkpointer:
             self._settle()
             if self._failure is None:
                 return
-        steps = self.finished_steps()
+        steps = self._run.steps()
         safe = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint has been written yet"
         raise UserError(
             f"saving the checkpoint of step {done} to {self.directory} failed {LAST_ATTEMPTS} times "
@@ -193,7 +189,7 @@ class Checkpointer:
         if not self._broken:
             processes.warn(
                 f"saving the checkpoint of step {self._saved} failed ({cause}). The run goes on, and saves again in "
-                f"{self._c.retry_seconds:g} s or when the next is due. Whole checkpoints: {self.finished_steps()}."
+                f"{self._c.retry_seconds:g} s or when the next is due. Whole checkpoints: {self._run.steps()}."
             )
         self._failure, self._broken = (time.monotonic(), cause), True
 
@@ -236,9 +232,8 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
         raise UserError(
             f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.path."
         )
-    parts = []
-    for name, tree, layout in zip(("params", "training"), split(like), split(shardings), strict=True):
-        parts.append(checkpoint.restore_tree(directory, name, tree, layout))
+    items = zip(("params", "training"), split(like), split(shardings), strict=True)
+    parts = [checkpoint.restore_tree(directory, *item) for item in items]
     return _join(*parts), checkpoint.read_json(directory, "position")
 
 

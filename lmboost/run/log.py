@@ -63,11 +63,6 @@ class RunLog:
         before, self._running = self._running, (step + 1, step_metrics)
         self._finish(before)
 
-    def flush(self) -> None:
-        """Waits for the newest step, and writes its numbers."""
-        before, self._running = self._running, None
-        self._finish(before)
-
     def _finish(self, running: tuple[int, metrics.Counted] | None) -> None:
         if running is None:
             return
@@ -116,8 +111,9 @@ class RunLog:
             self._end_profile()
 
     def pause(self) -> None:
-        """Leaves the time until the next logged step out of tokens per second: evaluation, saving, compiling."""
-        self.flush()
+        """Waits for the newest step; the time until the next logged one is left out of tokens per second."""
+        before, self._running = self._running, None
+        self._finish(before)
         self._since = None
 
     def close(self) -> None:
