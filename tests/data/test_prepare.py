@@ -300,5 +300,7 @@ def test_bad_arguments(tmp_path, corpus, write, arguments):
 
 def test_a_full_disk_is_told_by_its_error(tmp_path):
     for error in (OSError(28, "No space left on device"), RuntimeError("x: Disk quota exceeded")):
-        assert "no space left" in str(records.disk_error(error, tmp_path))
-    assert records.disk_error(RuntimeError("another"), tmp_path) is None
+        with pytest.raises(UserError, match="no space left"), records.disk_errors(tmp_path):
+            raise error
+    with pytest.raises(RuntimeError, match="^another$"), records.disk_errors(tmp_path):
+        raise RuntimeError("another")
