@@ -287,6 +287,7 @@ def _keep_tokenizer(
     partial: pathlib.Path, loaded: tokenizer_lib.Tokenizer | None, plan: dict, report: Callable
 ) -> None:
     """Puts the tokenizer in `partial`/tokenizer, trained on the training documents where it is asked for."""
+    _load_once.cache_clear()  # this process may have made another data set in the same place
     path = partial / "tokenizer" / tokenizer_lib.FILE_NAMES["sentencepiece"]
     if loaded:
         loaded.save(partial / "tokenizer")
