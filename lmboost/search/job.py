@@ -87,8 +87,8 @@ def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print)
         rows = fitness.read_rows(spec, config.seq_len, c.rows, mesh)
         cuts = Space.from_config(c, parent.model, _orders(c.sort, parent, rows, mesh))
         cuts.sample(np.random.default_rng(config.seed))  # an empty bin is an error before anything is written
-        names = ("population", "elites", "mutation", "crossover", "fresh")
-        method = evolution.make(c.method, cuts, seed=config.seed, **{name: c[name] for name in names})
+        names = ("method", "population", "elites", "mutation", "crossover", "fresh")
+        method = evolution.Search(space=cuts, seed=config.seed, **{name: c[name] for name in names})
         hull = view.hull_config(parent.model, largest(cuts))
         evaluate = fitness.Fitness(
             parent.model, parent.params, hull, fitness.put_rows(rows, mesh), c.batch, config.objective.block_tokens
@@ -112,7 +112,7 @@ def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print)
 
 def _run(
     candidates: int,
-    method: evolution.RandomSearch,
+    method: evolution.Search,
     evaluate: fitness.Fitness,
     cuts: Space,
     log: Log,
