@@ -132,13 +132,11 @@ def _adafactor(params_shapes: Any) -> optax.GradientTransformation:
         return f"layers{x.shape[0]}" if "layers" in sharding.path_name(keys).split("/") else "rest"
 
     labels = jax.tree_util.tree_map_with_path(label, params_shapes)
+    matrices = _as_matrices(plain)
+    # Mapped over the leading axis of every leaf; the counter, too, is one per layer.
+    per_layer = optax.GradientTransformation(jax.vmap(matrices.init), jax.vmap(matrices.update))
     kinds = sorted(set(jax.tree.leaves(labels)))  # in one order: all processes must trace one program
-    return optax.partition({k: plain if k == "rest" else _per_layer(_as_matrices(plain)) for k in kinds}, labels)
-
-
-def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Maps `inner` over the leading axis of every leaf; its counter, too, is one per layer."""
-    return optax.GradientTransformation(jax.vmap(inner.init), jax.vmap(inner.update))
+    return optax.partition({k: plain if k == "rest" else per_layer for k in kinds}, labels)
 
 
 def _as_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -44,9 +44,9 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, num_devices: int) -> tuple[int
     if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
         raise UserError(f"{asked}: each size must be at least 1, and at most one of them -1 (what is left).")
     if -1 in sizes:
-        known = -int(np.prod(sizes))
+        known = -math.prod(sizes)
         sizes[sizes.index(-1)] = max(num_devices // known, 1)
-    if (total := int(np.prod(sizes))) != num_devices:
+    if (total := math.prod(sizes)) != num_devices:
         raise UserError(
             f"{asked} asks for {total} devices, but there are {num_devices}. "
             "Choose sizes whose product is the number of devices, or -1 for one of them."
@@ -62,16 +62,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
-    if slices == 1:
-        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     if sizes[0] % slices:
         raise UserError(
             f"mesh.data={sizes[0]} is not a multiple of the {slices} slices: the network between slices is for the "
             "data axis alone. Choose mesh.fsdp and mesh.tensor so that their product fits into one slice."
         )
-    inside, between = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
-    grid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    else:
+        inside = (sizes[0] // slices, *sizes[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 

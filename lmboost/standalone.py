@@ -34,12 +34,9 @@ def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        yield partial
-        os.replace(partial, target)
-    except (OSError, RuntimeError, ValueError) as error:
-        if mended := records.disk_error(error, partial):
-            raise mended from error
-        raise
+        with records.disk_errors(partial):
+            yield partial
+            os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

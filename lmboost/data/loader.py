@@ -66,25 +66,24 @@ def info(spec: str, split: str = "train") -> DataInfo:
       UserError: `spec` can't be read, a directory is not a prepared data set, or the tokenizers differ.
     """
     one_of("split", split, records.SPLITS)
-    parts = _parse(spec)
-    manifests = [records.read_manifest(directory) for directory, _ in parts]
+    directories, weights = zip(*_parse(spec), strict=True)
+    manifests = [records.read_manifest(directory) for directory in directories]
     first = manifests[0]
-    for (directory, _), manifest in zip(parts, manifests, strict=True):
+    for directory, manifest in zip(directories, manifests, strict=True):
         if manifest["tokenizer_fingerprint"] != first["tokenizer_fingerprint"]:
             raise UserError(
                 f"data={spec!r} mixes tokenizers: {directory} ({manifest['vocab_size']} pieces) was prepared with "
-                f"another one than {parts[0][0]} ({first['vocab_size']} pieces). Prepare both with one --tokenizer."
+                f"another one than {directories[0]} ({first['vocab_size']} pieces). Prepare both with one --tokenizer."
             )
     counts = [manifest["splits"][split] for manifest in manifests]
-    weights = tuple(weight for _, weight in parts)
     fingerprints = [manifest["fingerprint"] for manifest in manifests]
     mixed = hashlib.sha256(json.dumps([fingerprints, weights]).encode()).hexdigest()
     return DataInfo(
-        directories=tuple(directory for directory, _ in parts),
+        directories=directories,
         weights=weights,
-        fingerprint=fingerprints[0] if len(parts) == 1 else mixed,
+        fingerprint=fingerprints[0] if len(directories) == 1 else mixed,
         tokenizer_fingerprint=first["tokenizer_fingerprint"],
-        tokenizer_path=str(pathlib.Path(parts[0][0]) / "tokenizer"),
+        tokenizer_path=str(pathlib.Path(directories[0]) / "tokenizer"),
         vocab_size=first["vocab_size"],
         bos_id=first["bos_id"],
         eos_id=first["eos_id"],
@@ -116,16 +115,6 @@ def _parse(spec: str) -> list[tuple[str, float]]:
     return [(directory, share / total) for directory, share in parts]
 
 
-@dataclasses.dataclass(frozen=True)
-class _FileInstruction:
-    """A whole shard, in the words of array_record: saves opening every file to count its records."""
-
-    filename: str
-    skip: int
-    take: int
-    examples_in_shard: int
-
-
 class Windows:
     """Random access to the windows of a split in stored order: tokens [T + 1], their document starts, their length.
 
@@ -142,13 +131,12 @@ class Windows:
             )
         self.split, self.fingerprint = split, manifest["fingerprint"]
         shards = manifest["shards"][split]
-        for shard in shards:
-            path = os.path.join(directory, shard.file)
+        self._files = [os.path.join(directory, shard.file) for shard in shards]
+        for path, shard in zip(self._files, shards, strict=True):
             size = os.path.getsize(path) if os.path.isfile(path) else None
             if size != shard.file_bytes:
                 found = "is missing" if size is None else f"has {size} bytes, expected {shard.file_bytes}"
                 raise UserError(f"{path} {found}: copy the data set again or prepare it anew.")
-        self._files = [os.path.join(directory, shard.file) for shard in shards]
         self._seq_len = seq_len
         self._rows_per_record = record_tokens // seq_len
         self._row_ends = np.cumsum([-(-shard.positions // seq_len) for shard in shards])
@@ -158,9 +146,9 @@ class Windows:
                 f"{directory} has {len(self)} rows of seq_len={seq_len}, more than {_MAX_ROWS}: choose a longer "
                 f"seq_len, or prepare it as several data sets and mix them."
             )
-        self._source = array_record_data_source.ArrayRecordDataSource(
-            [_FileInstruction(file, 0, s.records, s.records) for file, s in zip(self._files, shards, strict=True)]
-        )
+        # With the numbers of their records, so that files are not opened to count them.
+        paths = [f"{path}[0:{shard.records}]" for path, shard in zip(self._files, shards, strict=True)]
+        self._source = array_record_data_source.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
         return int(self._row_ends[-1])

@@ -79,8 +79,9 @@ def prepare(
         "shards": shards,
         "strict": strict,
     }
-    out, loaded = _check(out, arguments, workers)
+    loaded = _check(out, arguments, workers)
     arguments["tokenizer_fingerprint"] = loaded.fingerprint if loaded else None
+    out = pathlib.Path(os.path.abspath(os.path.expanduser(out)))
     partial = out.with_name(out.name + ".partial")
     if (out / records.MANIFEST).is_file():
         manifest = records.read_manifest(out)
@@ -91,28 +92,21 @@ def prepare(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={str(out)!r} exists and is not a prepared data set: choose another --out or remove it.")
     units = sources.find(source, text_field)
-    try:
-        with _locked(partial):
-            plan = _plan(partial, arguments, units, report)
-            _run(_spread, [(partial, i, unit, plan) for i, unit in enumerate(units)], workers, "read", report)
-            spread = [json.loads(_spread_done(partial, i).read_text()) for i in range(len(units))]
-            _check_spread(partial, spread, plan)
-            tokenizer_path = _keep_tokenizer(partial, loaded, plan, report)
-            tasks = [(partial, tokenizer_path, bucket, plan) for bucket in range(sum(plan["buckets"]))]
-            _run(_make_shard, tasks, workers, "tokenised", report)
-            manifest = _assemble(partial, out, plan, spread)
-    except (OSError, RuntimeError) as error:
-        if mended := records.disk_error(error, partial):
-            raise mended from error
-        raise
+    with records.disk_errors(partial), _locked(partial):
+        plan = _plan(partial, arguments, units, report)
+        _run(_spread, [(partial, i, unit, plan) for i, unit in enumerate(units)], workers, "read", report)
+        spread = [json.loads(_spread_done(partial, i).read_text()) for i in range(len(units))]
+        _check_spread(partial, spread, plan)
+        _keep_tokenizer(partial, loaded, plan, report)
+        tasks = [(partial, bucket, plan) for bucket in range(sum(plan["buckets"]))]
+        _run(_make_shard, tasks, workers, "tokenised", report)
+        manifest = _assemble(partial, out, plan, spread)
     shutil.rmtree(partial)
     return manifest
 
 
-def _check(
-    out: str | os.PathLike, arguments: dict, workers: int
-) -> tuple[pathlib.Path, tokenizer_lib.Tokenizer | None]:
-    """Checks what can be checked without reading a source; returns the directory and the tokenizer that exists."""
+def _check(out: str | os.PathLike, arguments: dict, workers: int) -> tokenizer_lib.Tokenizer | None:
+    """Checks what can be checked without reading a source; returns the tokenizer, None where one is to be trained."""
     if "://" in str(out):
         raise UserError(f"out={str(out)!r}: expected a local directory; mount the bucket (gcsfuse) and name the mount.")
     if not arguments["source"]:
@@ -123,17 +117,16 @@ def _check(
     for name, low in (("record_tokens", 2), ("shards", 0), ("seed", 0), ("workers", 1)):
         if numbers[name] < low:
             raise UserError(f"{name}={numbers[name]}: expected at least {low}.")
-    out = pathlib.Path(os.path.abspath(os.path.expanduser(out)))
     if arguments["tokenizer"].startswith("train:"):
         _vocab_size(arguments["tokenizer"])
-        return out, None
+        return None
     loaded = tokenizer_lib.load(os.path.expanduser(arguments["tokenizer"]))
     if loaded.bos_id is None and loaded.eos_id is None:
         raise UserError(
             f"tokenizer={arguments['tokenizer']!r} has neither a begin nor an end token, so documents could not be "
             f"told apart: name one in tokenizer_config.json (bos_token, eos_token)."
         )
-    return out, loaded
+    return loaded
 
 
 def _vocab_size(spec: str) -> int:
@@ -292,12 +285,13 @@ def _bucket_documents(partial: pathlib.Path, bucket: int, seed: int) -> list[byt
 
 def _keep_tokenizer(
     partial: pathlib.Path, loaded: tokenizer_lib.Tokenizer | None, plan: dict, report: Callable
-) -> pathlib.Path:
+) -> None:
     """Puts the tokenizer in `partial`/tokenizer, trained on the training documents where it is asked for."""
-    if loaded:
-        return loaded.save(partial / "tokenizer")
+    _load_once.cache_clear()  # this process may have made another data set in the same place
     path = partial / "tokenizer" / tokenizer_lib.FILE_NAMES["sentencepiece"]
-    if not path.is_file():
+    if loaded:
+        loaded.save(partial / "tokenizer")
+    elif not path.is_file():
         start = time.monotonic()
         texts = (
             raw.decode("utf-8")
@@ -307,16 +301,15 @@ def _keep_tokenizer(
         size = _vocab_size(plan["arguments"]["tokenizer"])
         tokenizer_lib.train(texts, size, path)
         report(f"trained a tokenizer of {size} pieces in {time.monotonic() - start:.0f} s")
-    return path
 
 
-def _make_shard(partial: pathlib.Path, tokenizer_path: pathlib.Path, bucket: int, plan: dict) -> None:
+def _make_shard(partial: pathlib.Path, bucket: int, plan: dict) -> None:
     """Shuffles and tokenises a bucket and writes it as a shard: `shards/BUCKET.array_record` and its `.json`."""
     done = partial / "shards" / f"{bucket:06d}.json"
     if done.is_file():
         return
     arguments = plan["arguments"]
-    tokenizer = _load_once(tokenizer_path)
+    tokenizer = _load_once(partial / "tokenizer")
     raws = _bucket_documents(partial, bucket, arguments["seed"])
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     last = [] if tokenizer.eos_id is None else [tokenizer.eos_id]

@@ -5,13 +5,14 @@ stream of tokens, cut in records of R tokens plus the first token of the next re
 stream but the first is the target of exactly one record.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import pathlib
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import zstandard
@@ -156,9 +157,8 @@ def fingerprint(shards: dict[str, list[Shard]]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def totals(shards: Iterable[Shard]) -> dict[str, int]:
+def totals(shards: Sequence[Shard]) -> dict[str, int]:
     """Sums over shards of documents, tokens (targets inside a document), bytes (UTF-8), records."""
-    shards = list(shards)
     return {name: sum(getattr(s, name) for s in shards) for name in ("documents", "tokens", "bytes", "records")}
 
 
@@ -207,13 +207,9 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     path = pathlib.Path(directory) / MANIFEST
     if not path.is_file():
         partial = pathlib.Path(f"{pathlib.Path(directory)}.partial")
-        hint = (
-            f" Preparation has not finished: {partial} exists, run its prepare command again."
-            if partial.is_dir()
-            else ""
-        )
+        hint = f" Preparation has not finished: {partial} exists, run its prepare command again."
         raise UserError(
-            f"data {str(directory)!r} is not a prepared data set: no {path}.{hint} "
+            f"data {str(directory)!r} is not a prepared data set: no {path}.{hint if partial.is_dir() else ''} "
             f"Make one with python -m lmboost.prepare --out={directory}"
         )
     try:
@@ -227,10 +223,16 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     return manifest
 
 
-def disk_error(error: Exception, directory: pathlib.Path) -> UserError | None:
-    """A UserError where the disk is full or can't be written, else None (ArrayRecord raises RuntimeError)."""
-    if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-        return UserError(f"no space left for {directory}: free some and run the same command again, it continues.")
-    if isinstance(error, OSError) and str(error.filename).startswith(str(directory.parent)):
-        return UserError(f"{error.filename} can't be written: {error.strerror}. Choose another --out or its rights.")
-    return None
+@contextlib.contextmanager
+def disk_errors(directory: pathlib.Path) -> Iterator[None]:
+    """A UserError where the disk is full or can't be written; ArrayRecord and TensorStore raise other errors."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
+            message = f"no space left for {directory}: free some and run the same command again, it continues."
+            raise UserError(message) from error
+        if isinstance(error, OSError) and str(error.filename).startswith(str(directory.parent)):
+            message = f"{error.filename} can't be written: {error.strerror}. Choose another --out or its rights."
+            raise UserError(message) from error
+        raise

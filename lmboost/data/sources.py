@@ -3,6 +3,7 @@
 `find` turns what the user names into units, each of which `read` can read on its own in another process.
 """
 
+import contextlib
 import dataclasses
 import glob
 import gzip
@@ -17,7 +18,6 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 
 from lmboost.errors import UserError
 
@@ -164,69 +164,38 @@ def _document(value: str | bytes | None, origin: str, valid: bool = True) -> Doc
     return Document(value, origin, valid)
 
 
-class _Zstd(io.RawIOBase):
-    """Decompressed bytes of a .zst file of any number of frames; a cut-off file raises EOFError."""
-
-    def __init__(self, path: str):
-        self._file = io.FileIO(path)
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
-        self._ready, self._begun = b"", False
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._ready:
-            raw = (self._frame.unused_data if self._frame.eof else b"") or self._file.read(1 << 16)
-            if not raw:
-                if self._begun and not self._frame.eof:
-                    raise EOFError("the file is cut off")
-                return 0
-            if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            self._ready, self._begun = self._frame.decompress(raw), True
-        size = min(len(buffer), len(self._ready))
-        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
-        return size
-
-    def close(self):
-        self._file.close()
-        super().close()
-
-
 def _open(path: str) -> io.BufferedIOBase:
     if path.endswith(".gz"):
         return gzip.open(path, "rb")
-    return io.BufferedReader(_Zstd(path), 1 << 18) if path.endswith(".zst") else open(path, "rb")
+    if path.endswith(".zst"):  # of any number of frames; unlike zstandard's, this reader refuses a file that is cut off
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 18)
+    return open(path, "rb")
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
-    return UserError(f"{path} can't be read: {error or type(error).__name__}. Mend, remove or exclude the file.")
-
-
-_READ_ERRORS = (OSError, EOFError, zstandard.ZstdError, zlib.error, pyarrow.ArrowException)
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """A UserError that names the file where it can't be read."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} can't be read: {reason}. Mend, remove or exclude the file.") from error
 
 
 def _read_texts(unit: Unit, text_field: str) -> Iterator[Document]:
     del text_field
     for path in unit.paths:
-        try:
-            with _open(path) as file:
-                raw = file.read()
-        except _READ_ERRORS as error:
-            raise _unreadable(path, error) from error
+        with _readable(path), _open(path) as file:
+            raw = file.read()
         yield _document(raw, path)
 
 
 def _read_jsonl(unit: Unit, text_field: str) -> Iterator[Document]:
     (path,) = unit.paths
-    try:
-        with _open(path) as file:
-            for number, raw in enumerate(file, 1):
-                if raw.strip():
-                    yield _json_document(raw, f"{path}:{number}", text_field)
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    with _readable(path), _open(path) as file:
+        for number, raw in enumerate(file, 1):
+            if raw.strip():
+                yield _json_document(raw, f"{path}:{number}", text_field)
 
 
 def _json_document(raw: bytes, origin: str, text_field: str) -> Document:
@@ -244,12 +213,9 @@ def _json_document(raw: bytes, origin: str, text_field: str) -> Document:
 
 
 def _parquet_units(path: str, text_field: str) -> list[Unit]:
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    with _readable(path), pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
     if text_field not in names:
         raise UserError(f"{path}: no column {text_field!r}; it has: {', '.join(names)}. Choose one with --text_field.")
     units, start = [], 0
@@ -263,16 +229,13 @@ def _parquet_units(path: str, text_field: str) -> list[Unit]:
 
 def _read_parquet(unit: Unit, text_field: str) -> Iterator[Document]:
     (path,) = unit.paths
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
-            groups = list(range(unit.start, unit.stop))
-            for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
-                for value in _values(batch.column(0)):
-                    yield _document(value, f"{path}:row {row}")
-                    row += 1
-    except _READ_ERRORS as error:
-        raise _unreadable(path, error) from error
+    with _readable(path), pyarrow.parquet.ParquetFile(path) as file:
+        row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
+        groups = list(range(unit.start, unit.stop))
+        for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
+            for value in _values(batch.column(0)):
+                yield _document(value, f"{path}:row {row}")
+                row += 1
 
 
 def _values(column: pyarrow.Array) -> list:

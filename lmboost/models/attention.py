@@ -97,16 +97,6 @@ class Cache(NamedTuple):
         v = jax.lax.dynamic_update_slice(self.v_LxBxSxKxN, v_BxTxKxN[None], start)
         return Cache(k, v, self.index)
 
-    def advance(self, tokens: int) -> "Cache":
-        return self._replace(index=self.index + tokens)
-
-
-def empty_cache(shape: tuple[int, ...], dtype: str) -> Cache:
-    """A cache of `shape` [L, B, S, K, N] in which nothing is filled."""
-    axes = (None, "batch", None, "kv_heads", None)
-    k, v = (sharding.constrain(jnp.zeros(shape, dtype), axes) for _ in range(2))
-    return Cache(k, v, jnp.int32(0))
-
 
 def attend_cached(q_BxTxHxN, cache: Cache, layer, kv_heads: int, segment_ids, window: int = 0) -> jax.Array:
     """As `attend`, for T new tokens whose keys and values `cache` holds from slot `cache.index` on.

@@ -5,6 +5,7 @@ a segment, whose parameters are stacked and scanned together; a model of equal l
 """
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -117,15 +118,12 @@ class ModelConfig:
 
     def segments(self) -> tuple[Segment, ...]:
         """The runs of layers of equal sizes, from the first to the last."""
-        sizes, stops = self.sizes, []
-        for layer in range(1, len(sizes)):
-            if sizes[layer] != sizes[layer - 1]:
-                stops.append(layer)
-        edges = zip([0, *stops], [*stops, len(sizes)], strict=True)
-        return tuple(
-            Segment(start, stop, dataclasses.replace(self, layer_sizes="", **sizes[start]._asdict()))
-            for start, stop in edges
-        )
+        segments, start = [], 0
+        for sizes, run in itertools.groupby(self.sizes):
+            stop = start + len(list(run))
+            segments.append(Segment(start, stop, dataclasses.replace(self, layer_sizes="", **sizes._asdict())))
+            start = stop
+        return tuple(segments)
 
     def num_params(self) -> int:
         """Number of parameters, without padded vocabulary rows.
@@ -180,8 +178,7 @@ class ModelConfig:
         for this.
         """
         self.validate(field).check_positions(seq_len, field=field)
-        heads = {sizes.head_dim for sizes in self.sizes}
-        kernel = attention.resolve(self.attention, platform, seq_len, heads, self.dtype, field)
+        kernel = attention.resolve(self.attention, platform, seq_len, self.head_dims, self.dtype, field)
         return dataclasses.replace(self, attention=kernel)
 
     def check_positions(self, seq_len: int, length: str = "seq_len", field: str = "the model") -> None:
@@ -221,15 +218,15 @@ class ModelConfig:
                 )
 
 
-def parse_sizes(text: str, field: str = "model.layer_sizes") -> tuple[LayerSizes, ...]:
+def parse_sizes(text: str) -> tuple[LayerSizes, ...]:
     """The sizes of each layer in "2*8/4/64/1024,6/2/64/512"; a UserError where a part is not of that form."""
     sizes: list[LayerSizes] = []
     for word in text.split(","):
         match = re.fullmatch(r"(?:(\d+)\*)?(\d+)/(\d+)/(\d+)/(\d+)", word.strip())
         if not match or not all(int(n) for n in match.groups("1")):
             raise UserError(
-                f"{field}={text!r}: {word.strip()!r} is not of the form COUNT*HEADS/KV_HEADS/HEAD_DIM/MLP_DIM, "
-                "numbers from 1 on; as in '2*8/4/64/1024,6/2/64/512'."
+                f"model.layer_sizes={text!r}: {word.strip()!r} is not of the form COUNT*HEADS/KV_HEADS/HEAD_DIM/"
+                "MLP_DIM, numbers from 1 on; as in '2*8/4/64/1024,6/2/64/512'."
             )
         count, *own = (int(n) for n in match.groups("1"))
         sizes += [LayerSizes(*own)] * count
@@ -238,10 +235,5 @@ def parse_sizes(text: str, field: str = "model.layer_sizes") -> tuple[LayerSizes
 
 def format_sizes(sizes: Sequence[LayerSizes]) -> str:
     """Sizes as `parse_sizes` reads them, equal neighbours together."""
-    runs: list[list] = []
-    for one in sizes:
-        if runs and runs[-1][1] == one:
-            runs[-1][0] += 1
-        else:
-            runs.append([1, one])
+    runs = [(len(list(run)), one) for one, run in itertools.groupby(sizes)]
     return ",".join((f"{count}*" if count > 1 else "") + "/".join(map(str, one)) for count, one in runs)

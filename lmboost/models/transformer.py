@@ -243,7 +243,7 @@ class Transformer(nn.Module):
 
             carry, _ = jax.lax.scan(layer_step, carry, (jnp.arange(segment.start, segment.stop), layers))
         x_BxTxD, cache = carry
-        return self.norm_last(x_BxTxD), cache.advance(tokens.shape[1])
+        return self.norm_last(x_BxTxD), cache._replace(index=cache.index + tokens.shape[1])
 
     def _embed_tokens(self, tokens, positions):
         c = self.config
@@ -309,7 +309,9 @@ def apply(config: ModelConfig, params, tokens, segment_ids, positions, capture=(
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> attention.Cache:
     """An empty cache for `length` tokens of `batch_size` sequences, in the compute dtype."""
     shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_dim)
-    return attention.empty_cache(shape, config.dtype)
+    axes = (None, "batch", None, "kv_heads", None)
+    k, v = (sharding.constrain(jnp.zeros(shape, config.dtype), axes) for _ in range(2))
+    return attention.Cache(k, v, jnp.int32(0))
 
 
 def apply_cached(config: ModelConfig, params, tokens, segment_ids, positions, cache: attention.Cache):

@@ -14,23 +14,29 @@ from lmboost.errors import UserError, one_of
 from lmboost.search.space import Space
 from lmboost.surgery.subnet import Cut
 
+METHODS = ("evolution", "random")
 MISSES = 8  # candidates in a row that were asked before, after which one is drawn afresh
 TRIES = 16  # draws for each candidate of a generation, before it is left with fewer
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
-class RandomSearch:
-    """Candidates drawn at random, none twice. A UserError names the config's field where a number is not possible."""
+class Search:
+    """Asks for candidates, none twice. A UserError names the config's field where a value is not possible.
 
+    "evolution": children of the best candidates so far, after a first generation at random; "random": all at random.
+    """
+
+    method: str  # of METHODS
     space: Space
     seed: int
     population: int  # candidates of a generation
-    elites: int  # how many of the best are kept; they are the parents of an evolution, which has the rest, too
+    elites: int  # how many of the best are kept: the parents of an evolution, which alone has the numbers below
     mutation: float  # rate at which parts of a child are changed; at least one is
     crossover: float  # share of a generation that has two parents
     fresh: float  # share that is drawn at random
 
     def __post_init__(self):
+        one_of("search.method", self.method, METHODS)
         for name in ("population", "elites"):
             if getattr(self, name) < 1:
                 raise UserError(f"search.{name}={getattr(self, name)} must be at least 1.")
@@ -89,16 +95,9 @@ class RandomSearch:
 
     def _draw(self, rng: np.random.Generator, index: int) -> Cut:
         """The candidate at an index of the generation."""
-        return self.space.sample(rng)
-
-
-class Evolution(RandomSearch):
-    """Children of the best candidates so far, after a first generation at random."""
-
-    def _draw(self, rng: np.random.Generator, index: int) -> Cut:
         fresh = round(self.fresh * self.population)
         crossed = min(round(self.crossover * self.population), self.population - fresh)
-        if not self._best or index < fresh:
+        if self.method == "random" or not self._best or index < fresh:
             return self.space.sample(rng)
         cut = self._parent(rng)
         if index < fresh + crossed:
@@ -108,11 +107,3 @@ class Evolution(RandomSearch):
     def _parent(self, rng: np.random.Generator) -> Cut:
         """An elite: the better of two drawn at random."""
         return self._best[min(rng.integers(len(self._best), size=2))][2]
-
-
-METHODS = {"evolution": Evolution, "random": RandomSearch}
-
-
-def make(method: str, space: Space, **numbers: float) -> RandomSearch:
-    """The search that a config's `search` asks for; numbers: the fields of a `RandomSearch`."""
-    return METHODS[one_of("search.method", method, METHODS)](space=space, **numbers)

@@ -36,18 +36,8 @@ from lmboost.search.space import Orders, Space
 from lmboost.surgery import importance, subnet, view
 from lmboost.surgery.subnet import Cut
 
-# Fields of the config that change which candidates come, or their losses.
-FIELDS = (
-    "seed",
-    "seq_len",
-    "init.path",
-    "init.step",
-    "data.train",
-    "data.validation",
-    "model.vocab_multiple",
-    "model.dtype",
-    "search",
-)
+# Fields of the config that change which candidates come, or their losses; all of `search` does, too.
+FIELDS = "seed seq_len init.path init.step data.train data.validation model.vocab_multiple model.dtype".split()
 
 RECIPE = '''\
 """A cut of {parent}: {params:,} parameters, validation loss {loss:.4f} before it is trained.
@@ -87,8 +77,8 @@ def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print)
         rows = fitness.read_rows(spec, config.seq_len, c.rows, mesh)
         cuts = Space.from_config(c, parent.model, _orders(c.sort, parent, rows, mesh))
         cuts.sample(np.random.default_rng(config.seed))  # an empty bin is an error before anything is written
-        names = ("population", "elites", "mutation", "crossover", "fresh")
-        method = evolution.make(c.method, cuts, seed=config.seed, **{name: c[name] for name in names})
+        names = ("method", "population", "elites", "mutation", "crossover", "fresh")
+        method = evolution.Search(space=cuts, seed=config.seed, **{name: c[name] for name in names})
         hull = view.hull_config(parent.model, largest(cuts))
         evaluate = fitness.Fitness(
             parent.model, parent.params, hull, fitness.put_rows(rows, mesh), c.batch, config.objective.block_tokens
@@ -112,7 +102,7 @@ def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print)
 
 def _run(
     candidates: int,
-    method: evolution.RandomSearch,
+    method: evolution.Search,
     evaluate: fitness.Fitness,
     cuts: Space,
     log: Log,
@@ -130,10 +120,9 @@ def _run(
         method.tell(asked, losses)
         done, generation = done + len(asked), generation + 1
         cut, loss = method.best
-        model = subnet.child_config(cuts.parent, cut)
         say(
-            f"generation {generation}: {done} candidates, the best {loss:.4f} ({model.num_params():,} parameters, "
-            f"{model.num_layers} layers of width {model.d_model})"
+            f"generation {generation}: {done} candidates, the best {loss:.4f} ({cuts.num_params(cut):,} parameters, "
+            f"{len(cut.layers)} layers of width {len(cut.width)})"
         )
 
 
@@ -167,10 +156,8 @@ def _orders(sort: str, parent: Parent, rows: Sequence[Any], mesh: Mesh) -> Order
 
 
 def _about(config: ConfigDict, parent: Parent, spec: str) -> dict[str, Any]:
-    values = configs.flatten(config)
-    fields = {
-        name: value for name, value in values.items() if any(name == f or name.startswith(f + ".") for f in FIELDS)
-    }
+    """What search.json says."""
+    fields = {n: x for n, x in configs.flatten(config).items() if n in FIELDS or n.startswith("search.")}
     return {
         "config": fields,
         "parent": {"directory": str(parent.saved.directory), "tokenizer": parent.saved.tokenizer_fingerprint},
@@ -198,7 +185,7 @@ def _recipe(out: pathlib.Path, config: ConfigDict, parent: Parent, child: ModelC
     """The source of winner.py: the searched config, with the winner as its model and start."""
     c = ConfigDict(config)
     c.model = configs.model(child)
-    c.init.path, c.init.step, c.init.kind, c.init.layers, c.init.fresh = str(out / "winner"), -1, "copy", "", ""
+    c.init.update(path=str(out / "winner"), step=-1, kind="copy", layers="", fresh="")
     if c.objective.kd.weight and not c.teacher.path:
         c.teacher.path, c.teacher.step = parent.name, config.init.step
     return RECIPE.format(

@@ -250,6 +250,13 @@ def test_a_changed_source_starts_over(tmp_path, texts, write, arguments, monkeyp
     assert sum(counts["documents"] for counts in manifest["splits"].values()) == len(texts)
 
 
+def test_a_place_is_made_anew_with_another_tokenizer(tmp_path, corpus, arguments, prepared):
+    quiet(tmp_path / "data", corpus, **arguments | {"tokenizer": "train:330"})
+    shutil.rmtree(tmp_path / "data")
+    quiet(tmp_path / "data", corpus, **arguments)
+    assert content(tmp_path / "data") == content(prepared)
+
+
 def test_two_runs_at_once(tmp_path, corpus, arguments):
     with prepare_lib._locked(tmp_path / "data.partial"), pytest.raises(UserError, match=r"data.partial is in use"):
         quiet(tmp_path / "data", corpus, **arguments)
@@ -300,5 +307,7 @@ def test_bad_arguments(tmp_path, corpus, write, arguments):
 
 def test_a_full_disk_is_told_by_its_error(tmp_path):
     for error in (OSError(28, "No space left on device"), RuntimeError("x: Disk quota exceeded")):
-        assert "no space left" in str(records.disk_error(error, tmp_path))
-    assert records.disk_error(RuntimeError("another"), tmp_path) is None
+        with pytest.raises(UserError, match="no space left"), records.disk_errors(tmp_path):
+            raise error
+    with pytest.raises(RuntimeError, match="^another$"), records.disk_errors(tmp_path):
+        raise RuntimeError("another")

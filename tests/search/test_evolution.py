@@ -30,7 +30,7 @@ def space_of(granularity="coarse", scope="layerwise", **changes) -> Space:
 
 
 def make(space, method="evolution", seed=0, **changes):
-    return evolution.make(method, space, **({"seed": seed} | NUMBERS | changes))
+    return evolution.Search(**({"method": method, "space": space, "seed": seed} | NUMBERS | changes))
 
 
 def fitness(seed):

@@ -85,7 +85,10 @@ def test_evolution_beats_as_many_random_draws_with_one_compilation(evaluator):
     options = {"population": 16, "elites": 4, "mutation": 0.15, "crossover": 0.5, "fresh": 0.1}
     wins = 0
     for seed in range(10):
-        ends = [best_of(evolution.make(m, space, seed=seed, **options), evaluate, 192) for m in ("evolution", "random")]
+        ends = [
+            best_of(evolution.Search(method=m, space=space, seed=seed, **options), evaluate, 192)
+            for m in ("evolution", "random")
+        ]
         wins += ends[0] < ends[1]
     assert wins >= 8, wins
     assert evaluate.losses._cache_size() == 1
