@@ -144,17 +144,11 @@ def _pinned(state: State) -> State:
     Tokens are copied to every device: each host reads all of them.
     """
     rows, slots = ("batch", None), (None, "batch", None, "kv_heads", None)
-    cache = state.cache._replace(
-        **{n: sharding.constrain(getattr(state.cache, n), slots) for n in state.cache._fields[:2]}
-    )
-    return state._replace(
-        cache=cache,
-        segment_ids_BxS=sharding.constrain(state.segment_ids_BxS, rows),
-        lengths_Bx1=sharding.constrain(state.lengths_Bx1, rows),
-        keys_Bx2=sharding.constrain(state.keys_Bx2, rows),
-        tokens_BxN=sharding.constrain(state.tokens_BxN, (None, None)),
-        done_Bx1=sharding.constrain(state.done_Bx1, rows),
-    )
+    layouts = dict.fromkeys(("segment_ids_BxS", "lengths_Bx1", "keys_Bx2", "tokens_BxN", "done_Bx1"), rows)
+    layouts["tokens_BxN"] = (None, None)
+    cache = {name: sharding.constrain(getattr(state.cache, name), slots) for name in state.cache._fields[:2]}
+    pinned = {name: sharding.constrain(getattr(state, name), axes) for name, axes in layouts.items()}
+    return state._replace(cache=state.cache._replace(**cache), **pinned)
 
 
 def bucket(length: int, smallest: int = 32) -> int:
