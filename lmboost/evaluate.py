@@ -34,7 +34,8 @@ class Validation:
     def __init__(
         self, model: ModelConfig, spec: str, seq_len: int, batch_size: int, batches: int, mesh: Mesh, block_tokens: int
     ):
-        self._mesh, self._batch_size, self._batches = mesh, batch_size, None if batches == -1 else batches
+        self._mesh, self._batch_size = mesh, batch_size
+        self._batches = None if batches == -1 else batches
         self._data = loader.Loader(spec, "validation", seq_len, 0, *sharding.host_share(mesh))
         self._info = loader.info(spec, "validation")
         self._step = jax.jit(make_eval_step(model, block_tokens))

@@ -135,7 +135,8 @@ class Checkpointer:
             position=ocp.args.JsonSave(position | {"fingerprints": fingerprints(state)}),
             manifest=ocp.args.JsonSave(manifest),
         )
-        self._saved, self._failure, self._time = done, None, time.monotonic()
+        self._saved, self._time = done, time.monotonic()
+        self._failure = None
         if self._broken:
             self.close()
             self._broken = False
