@@ -34,7 +34,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher  # fmt: skip
+from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher
 from lmboost.data import loader, tokenizer
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
 from lmboost.run import goodput, guard, lock, processes
