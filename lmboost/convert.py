@@ -61,7 +61,8 @@ def convert(
         raise UserError(f"--max_shard_size={max_shard_size} must be above 0; it is in GB.")
     target = standalone.find_target(out)
     saved = Saved.find(source, step, "--source")
-    model, manifest, taken = saved.model, saved.manifest, None
+    model, manifest = saved.model, saved.manifest
+    taken = None
     if layers:
         model = inherit.of_layers(saved.model, inherit.parse_layers(layers, saved.model.num_layers, "--layers"))
         taken = inherit.plan(layers, fresh, saved.model, model, field="--")

@@ -86,9 +86,8 @@ def exit_at_once(status: int) -> None:
 def number(field: str, value: float, low: float = 0.0, below: float = math.inf) -> float:
     """Returns `value` if low <= value < below, else raises a UserError naming the field."""
     if not low <= value < below:  # false for NaN, too
-        expected = (
-            f"a finite number, at least {low:g}" if below == math.inf else f"at least {low:g} and below {below:g}"
-        )
+        least = f"at least {low:g}"
+        expected = f"a finite number, {least}" if below == math.inf else f"{least} and below {below:g}"
         raise UserError(f"{field}={value} is out of range: expected {expected}.")
     return float(value)
 

@@ -34,7 +34,8 @@ class Validation:
     def __init__(
         self, model: ModelConfig, spec: str, seq_len: int, batch_size: int, batches: int, mesh: Mesh, block_tokens: int
     ):
-        self._mesh, self._batch_size, self._batches = mesh, batch_size, None if batches == -1 else batches
+        self._mesh, self._batch_size = mesh, batch_size
+        self._batches = None if batches == -1 else batches
         self._data = loader.Loader(spec, "validation", seq_len, 0, *sharding.host_share(mesh))
         self._info = loader.info(spec, "validation")
         self._step = jax.jit(make_eval_step(model, block_tokens))
@@ -128,21 +129,18 @@ def _run(out: str, **flags) -> None:
     if out:
         file.parent.mkdir(parents=True, exist_ok=True)
     verb = evaluate_tasks if flags["tasks"] else evaluate
-    values = _report(verb(**{name: flags[name] for name in inspect.signature(verb).parameters}))
+    values = verb(**{name: flags[name] for name in inspect.signature(verb).parameters})
+    if flags["tasks"]:
+        from lmboost import harness
+
+        print(harness.table(values))
+        kept = ("results", "groups", "versions", "n-shot", "n-samples")
+        values = {name: values[name] for name in kept if name in values}
+    else:
+        print("\n".join(f"{name} {value:.6f}" for name, value in values.items()))
     if out:
         about = {name: flags[name] for name in ("checkpoint", "step")}
         file.write_text(json.dumps(about | values, indent=1, default=str), encoding="utf-8")
-
-
-def _report(values: dict[str, Any]) -> dict[str, Any]:
-    """Prints the numbers; returns what of them is written to a file."""
-    if "results" not in values:  # of no tasks
-        print("\n".join(f"{name} {value:.6f}" for name, value in values.items()))
-        return values
-    from lmboost import harness
-
-    print(harness.table(values))
-    return {name: values[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in values}
 
 
 def main() -> None:

@@ -54,7 +54,8 @@ def sample(logits_BxV: jax.Array, keys_Bx2: jax.Array, sampling: Sampling) -> ja
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     keys_B = jax.random.wrap_key_data(keys_Bx2, impl="threefry2x32")
-    logits, ids, vocab = logits_BxV / sampling.temperature, None, logits_BxV.shape[-1]
+    logits, vocab = logits_BxV / sampling.temperature, logits_BxV.shape[-1]
+    ids = None
     if sampling.top_k or sampling.top_p < 1:
         logits, ids = jax.lax.top_k(logits, min(sampling.top_k or vocab, vocab))
         p = jax.nn.softmax(logits)
@@ -144,17 +145,11 @@ def _pinned(state: State) -> State:
     Tokens are copied to every device: each host reads all of them.
     """
     rows, slots = ("batch", None), (None, "batch", None, "kv_heads", None)
-    cache = state.cache._replace(
-        **{n: sharding.constrain(getattr(state.cache, n), slots) for n in state.cache._fields[:2]}
-    )
-    return state._replace(
-        cache=cache,
-        segment_ids_BxS=sharding.constrain(state.segment_ids_BxS, rows),
-        lengths_Bx1=sharding.constrain(state.lengths_Bx1, rows),
-        keys_Bx2=sharding.constrain(state.keys_Bx2, rows),
-        tokens_BxN=sharding.constrain(state.tokens_BxN, (None, None)),
-        done_Bx1=sharding.constrain(state.done_Bx1, rows),
-    )
+    layouts = dict.fromkeys(("segment_ids_BxS", "lengths_Bx1", "keys_Bx2", "tokens_BxN", "done_Bx1"), rows)
+    layouts["tokens_BxN"] = (None, None)
+    cache = {name: sharding.constrain(getattr(state.cache, name), slots) for name in state.cache._fields[:2]}
+    pinned = {name: sharding.constrain(getattr(state, name), axes) for name, axes in layouts.items()}
+    return state._replace(cache=state.cache._replace(**cache), **pinned)
 
 
 def bucket(length: int, smallest: int = 32) -> int:
@@ -179,7 +174,8 @@ class Generator:
         self, model: ModelConfig, params, mesh: Mesh, vocab_size: int = 0, stop_ids: Sequence[int] = (), batch_size=16
     ):
         self._model = dataclasses.replace(model, attention="xla", remat="none")
-        self._params, self._mesh, self._stop_ids = params, mesh, tuple(stop_ids)
+        self._params, self._mesh = params, mesh
+        self._stop_ids = tuple(stop_ids)
         self._vocab_size = min(vocab_size or model.vocab_size, model.vocab_size)
         self._rows = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
 

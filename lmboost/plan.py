@@ -146,7 +146,8 @@ def outline(config: ConfigDict, student: ModelConfig, teacher: Helper | None, sc
 def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[Helper | None, Helper | None]:
     """(teacher, scorer), as far as the helps of the objective need them; the scorer is the teacher if none is named."""
     active = frozenset().union(*(span.helps for span in terms.spans(config.objective, config.steps)))
-    needed, select, teacher = terms.needed(active), config.objective.select, None
+    needed, select = terms.needed(active), config.objective.select
+    teacher = None
     find = functools.partial(
         find_helper, helps=active, data=data, seq_len=config.seq_len, dtype=config.teacher.dtype, platform=platform
     )

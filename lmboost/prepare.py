@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Iterator
 
 from lmboost.data import prepare
 from lmboost.errors import run_flags
@@ -15,14 +14,12 @@ def main() -> None:
         "Stop it at any moment: the same command continues.",
     )
     add = parser.add_argument
-    add(
-        "--source",
-        action="append",
-        required=True,
-        help="a quoted glob ('**' descends) of text, code, .jsonl or .parquet files, also .gz and .zst; "
+    sources = (
+        "a quoted glob ('**' descends) of text, code, .jsonl or .parquet files, also .gz and .zst; "
         "tfds:NAME[/config][:version][?data_dir=...&split=train]; a TFDS directory; or stdlib, the sources of "
-        "Python's own library. May be given several times.",
+        "Python's own library. May be given several times."
     )
+    add("--source", action="append", required=True, help=sources)
     tokenizers = "a SentencePiece .model, a tokenizer.json, a directory with one of them, or train:SIZE"
     add("--tokenizer", required=True, help=tokenizers)
     add("--out", required=True, help="directory to make; DIR.partial holds unfinished work")
@@ -39,15 +36,11 @@ def main() -> None:
 
 
 def _prepare(out: str, **flags) -> None:
-    for line in _summary(out, prepare.prepare(out, **flags)):
-        print(line)
-
-
-def _summary(out: str, manifest: dict) -> Iterator[str]:
-    """What was made, and what was wrong with the input."""
-    yield f"{out}: vocabulary {manifest['vocab_size']}, records of {manifest['record_tokens']} tokens"
+    """The verb: says what was made, and what was wrong with the input."""
+    manifest = prepare.prepare(out, **flags)
+    print(f"{out}: vocabulary {manifest['vocab_size']}, records of {manifest['record_tokens']} tokens")
     for split, counts in manifest["splits"].items():
-        yield (
+        print(
             f"  {split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens, {counts['bytes']:,} bytes "
             f"({counts['bytes'] / counts['tokens']:.2f} per token), {counts['records']:,} records"
         )
@@ -59,7 +52,7 @@ def _summary(out: str, manifest: dict) -> Iterator[str]:
         problem = manifest["problems"][name]
         if problem["documents"]:
             first = f", first: {', '.join(problem['first'])}" if problem.get("first") else ""
-            yield f"  {problem['documents']:,} documents {words}{first}"
+            print(f"  {problem['documents']:,} documents {words}{first}")
 
 
 if __name__ == "__main__":

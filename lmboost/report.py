@@ -166,12 +166,8 @@ def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = Non
             "flops_with_helper_fraction": _ratio(with_helper, total_flops),
         } | ({"goodput": _time(run.time)} if run.time else {})
 
-    return {
-        "target_loss": target,
-        "helper_flops": helper_flops,
-        "baseline": row(baseline),
-        "runs": [row(run) for run in runs],
-    }
+    about = {"target_loss": target, "helper_flops": helper_flops}
+    return about | {"baseline": row(baseline), "runs": [row(run) for run in runs]}
 
 
 def _time(spent: goodput.Goodput) -> dict[str, Any]:
@@ -244,10 +240,8 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
         f"The baseline's whole run: {progress.short(report['baseline']['total']['tokens'])} tokens"
         + (f", {flops:.3g} FLOPs." if (flops := report["baseline"]["total"]["flops"]) else "."),
     ]
-    if report["helper_flops"] is not None:
-        notes.append(
-            f"Training the helper cost {report['helper_flops']:.3g} FLOPs, added to every run but the baseline."
-        )
+    if (cost := report["helper_flops"]) is not None:
+        notes.append(f"Training the helper cost {cost:.3g} FLOPs, added to every run but the baseline.")
     rows = [report["baseline"], *report["runs"]]
     if any(row["goodput"]["attempts"] > 1 for row in rows if "goodput" in row):
         notes.append(

@@ -26,7 +26,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import absl.logging
@@ -34,7 +34,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher  # fmt: skip
+from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher
 from lmboost.data import loader, tokenizer
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
 from lmboost.run import goodput, guard, lock, processes
@@ -127,7 +127,10 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if preempted.reached(step):
                 if step > first:
                     save_at(step, checkpointer.finish)
-                raise _stop(step, checkpoint.Run(workdir).steps())
+                steps = checkpoint.Run(workdir).steps()
+                saved = f"saved: step {steps[-1]}" if steps else "nothing to save yet"
+                goes_on = "The same command goes on from there."
+                raise Stop(f"stopped before step {step} as asked; {saved}. {goes_on}", EXIT_PREEMPTED)
             span = run.span(step)
             fresh = step_fn is None or step == span.first
             if fresh:
@@ -155,15 +158,6 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
         say(f"time: {clock.summary()}")
     say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
     return state
-
-
-def _stop(step: int, saved: Sequence[int]) -> Stop:
-    """What ends a process that was asked to stop."""
-    return Stop(
-        f"stopped before step {step} as asked; {f'saved: step {saved[-1]}' if saved else 'nothing to save yet'}. "
-        "The same command goes on from there.",
-        EXIT_PREEMPTED,
-    )
 
 
 def _tasks(c: ConfigDict, run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:

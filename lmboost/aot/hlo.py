@@ -110,14 +110,11 @@ class Program:
         if not self._entry:
             raise ValueError("this is no text of a compiled program: it has no ENTRY.")
 
-    def instructions(self) -> Iterator[tuple[_Instruction, str, str, int]]:
+    def _visit(self, name: str, around: str, times: int) -> Iterator[tuple[_Instruction, str, str, int]]:
         """(instruction, its computation, the loop's body or the like that this is fused into, how often it runs).
 
-        Of what is executed; what a reduction adds up with is not.
+        Of what the computation `name` executes, which runs so many times; what a reduction adds up with is not.
         """
-        return self._visit(self._entry, self._entry, 1)
-
-    def _visit(self, name: str, around: str, times: int) -> Iterator[tuple[_Instruction, str, str, int]]:
         for one in self._computations[name]:
             yield one, name, around, times
             if one.opcode in ("async-update", "async-done"):
@@ -150,7 +147,7 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every collective of the program; one that is fused in pieces into what it runs beside is one."""
         found, pieces = [], set()
-        for one, computation, around, times in self.instructions():
+        for one, computation, around, times in self._visit(self._entry, self._entry, 1):
             if transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.line):
                 if one.opcode == "send":  # the receiving half says the same
                     found.append(self._between_slices(one, transfer[1], times))

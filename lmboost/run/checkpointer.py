@@ -128,14 +128,11 @@ class Checkpointer:
         self._settle()
         if self._saved == done and self._failure is None:
             return
-        params, training = split(state)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            training=ocp.args.StandardSave(training),
-            position=ocp.args.JsonSave(position | {"fingerprints": fingerprints(state)}),
-            manifest=ocp.args.JsonSave(manifest),
-        )
-        self._saved, self._failure, self._time = done, None, time.monotonic()
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in split(state).items()}
+        position = ocp.args.JsonSave(position | {"fingerprints": fingerprints(state)})
+        items = ocp.args.Composite(**trees, position=position, manifest=ocp.args.JsonSave(manifest))
+        self._saved, self._time = done, time.monotonic()
+        self._failure = None
         if self._broken:
             self.close()
             self._broken = False
@@ -209,11 +206,11 @@ class Checkpointer:
             self._fail(error)
 
 
-def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+def split(state: TrainState) -> dict[str, Any]:
     """The items "params" and "training" of a checkpoint: the model's parameters, and what else the run changes."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    learned = rest.pop("params")
-    return learned["model"], rest | {name: x for name, x in learned.items() if name != "model"}
+    learned = dict(rest.pop("params"))
+    return {"params": learned.pop("model"), "training": rest | learned}
 
 
 def _join(params: Any, training: dict[str, Any]) -> TrainState:
@@ -232,14 +229,14 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
         raise UserError(
             f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.path."
         )
-    items = zip(("params", "training"), split(like), split(shardings), strict=True)
-    parts = [checkpoint.restore_tree(directory, *item) for item in items]
-    return _join(*parts), checkpoint.read_json(directory, "position")
+    layouts = split(shardings)
+    trees = {name: checkpoint.restore_tree(directory, name, tree, layouts[name]) for name, tree in split(like).items()}
+    return _join(**trees), checkpoint.read_json(directory, "position")
 
 
 def fingerprints(state: TrainState) -> dict[str, str]:
     """What is written beside a state, and what it must have when it is read again."""
-    return {n: checkpoint.fingerprint(tree) for n, tree in zip(("params", "training"), split(state), strict=True)}
+    return {name: checkpoint.fingerprint(tree) for name, tree in split(state).items()}
 
 
 def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[str, Any]) -> None:
