@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
     parser.add_argument("--layers", default="", help="that are taken, counted from 0, as 0-5,8; empty is all of it")
     parser.add_argument(
-        "--fresh", default="", help=f"with --layers: parts that start at random, of {','.join(inherit.PARTS)}"
+        "--fresh", default="", help=f"with --layers: parts that start at random, of {','.join(inherit.PARTS.values())}"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the parts that start at random")
     parser.add_argument("--tokenizer", default="", help="empty: the model's own, beside it or in its data")
