@@ -78,16 +78,16 @@ def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field
     return _plan(layers, parse_layers(layers, parent.num_layers, f"{field}layers"), fresh, parent, child, field)
 
 
-def plan_stack(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> Inheritance:
+def plan_stack(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig) -> Inheritance:
     """As `plan`, but with these layers over and over until the child has enough; empty is all of the parent's."""
     layers = layers or f"0-{parent.num_layers - 1}"
-    chosen = parse_layers(layers, parent.num_layers, f"{field}layers")
+    chosen = parse_layers(layers, parent.num_layers, "init.layers")
     if child.num_layers % len(chosen):
         raise UserError(
-            f"{field}layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
+            f"init.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
             "multiple of that: layers are stacked a whole number of times."
         )
-    return _plan(layers, chosen * (child.num_layers // len(chosen)), fresh, parent, child, field)
+    return _plan(layers, chosen * (child.num_layers // len(chosen)), fresh, parent, child, "init.")
 
 
 def _plan(

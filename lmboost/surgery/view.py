@@ -180,6 +180,15 @@ def apply(parent: ModelConfig, params: Mapping[str, Any], hull: ModelConfig, vie
             x = x - kept_D * (x.sum(-1, keepdims=True) / kept_D.sum())
         return x * s
 
+    def rescaled(keys, x):
+        name = sharding.path_name(keys)
+        inputs, outputs = axes.sides(f"layers/{name}")
+        if outputs == ("embed",):
+            return written(x)
+        if parent.norm_placement == "pre":
+            return x / s if name in ("attn_norm/scale", "mlp_norm/scale") else x
+        return x / s if inputs == ("embed",) else x
+
     out = slots.gather_rest(params, view.width)
     out["head"] = out["head"] if "head" in out else out["embed"]["embedding"].T
     for name in ("embed", "position_embed"):
@@ -191,20 +200,7 @@ def apply(parent: ModelConfig, params: Mapping[str, Any], hull: ModelConfig, vie
         out["head"] = out["head"] / s
     layers = slots.gather_layers(parent, params["layers"], view.width, view.layers)
     layers = rescale_attention(layers, view.scales)
-    return out | {"layers": jax.tree_util.tree_map_with_path(_rescale_width(parent, written, s), layers)}
-
-
-def _rescale_width(parent: ModelConfig, written, s):
-    def leaf(keys, x):
-        name = sharding.path_name(keys)
-        inputs, outputs = axes.sides(f"layers/{name}")
-        if outputs == ("embed",):
-            return written(x)
-        if parent.norm_placement == "pre":
-            return x / s if name in ("attn_norm/scale", "mlp_norm/scale") else x
-        return x / s if inputs == ("embed",) else x
-
-    return leaf
+    return out | {"layers": jax.tree_util.tree_map_with_path(rescaled, layers)}
 
 
 def rescale_attention(layers: Mapping[str, Any], scales: Scales) -> dict[str, Any]:
