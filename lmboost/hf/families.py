@@ -3,6 +3,7 @@
 Each says how its config.json becomes a ModelConfig and back, and where its tensors lie in the parameters.
 """
 
+import functools
 from typing import Any
 
 from lmboost.hf import family
@@ -95,7 +96,9 @@ def _llama_tensors(attn_norm: str = "input_layernorm", mlp_norm: str = "post_att
     )
 
 
-LLAMA = Family(
+_llama_like = functools.partial(Family, names=_LLAMA_NAMES, prefix="model.", tensors=_llama_tensors())
+
+LLAMA = _llama_like(
     architecture="LlamaForCausalLM",
     model_type="llama",
     keys=_LLAMA_KEYS | {"attention_bias": False, "mlp_bias": False},
@@ -105,58 +108,45 @@ LLAMA = Family(
     switches=_LLAMA_SWITCHES | {"mlp_bias": (False, True)},
     equal=(("qkv_bias", "attn_out_bias"),),
     heads="divide",  # since transformers 5
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-MISTRAL = Family(
+MISTRAL = _llama_like(
     architecture="MistralForCausalLM",
     model_type="mistral",
     keys=_LLAMA_KEYS
     | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, sliding_window=c["sliding_window"] or 0),
     write=lambda m: _write_llama(m, sliding_window=m.sliding_window or None),
     switches=_LLAMA_SWITCHES | {"sliding_window": _ANY_WINDOW, "qkv_bias": (False,), "attn_out_bias": (False,)},
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-QWEN2 = Family(
+QWEN2 = _llama_like(
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     keys=_QWEN_KEYS,
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, qkv_bias=True, sliding_window=family.read_window(c)),
     write=_write_qwen,
     switches=_LLAMA_SWITCHES | {"sliding_window": _ANY_WINDOW, "qkv_bias": (True,), "attn_out_bias": (False,)},
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-QWEN3 = Family(
+QWEN3 = _llama_like(
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     keys=_QWEN_KEYS | {"head_dim": 128, "attention_bias": False},
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, **_read_biases(c), qk_norm="head", sliding_window=family.read_window(c)),
     write=lambda m: _write_qwen(m, attention_bias=m.qkv_bias),
     switches=_LLAMA_SWITCHES | {"sliding_window": _ANY_WINDOW, "qk_norm": ("head",)},
     equal=(("qkv_bias", "attn_out_bias"),),
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-OLMO2 = Family(
+OLMO2 = _llama_like(
     architecture="Olmo2ForCausalLM",
     model_type="olmo2",
     keys=_LLAMA_KEYS | {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False},
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, **_read_biases(c), qk_norm="full", norm_placement="post"),
     write=lambda m: _write_llama(m, attention_bias=m.qkv_bias),
     switches=_LLAMA_SWITCHES | {"norm_placement": ("post",), "qk_norm": ("full",)},
     equal=(("qkv_bias", "attn_out_bias"),),
-    prefix="model.",
     tensors=_llama_tensors("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
