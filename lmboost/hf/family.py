@@ -92,18 +92,12 @@ KINDS = {
     "partial_rotary_factor": float,
 }  # fmt: skip
 # As transformers names an activation: ours. "gelu_new" and those after it are one formula.
-_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fromkeys(
+ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_tanh"
 )
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 ROPE_KEYS = {"rope_theta": 10000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def read_activation(c: Keys, key: str) -> str:
-    if c[key] not in _ACTIVATIONS:
-        raise c.refuse(key, c[key], f"expected one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[c[key]]
 
 
 def read_rope(c: Keys, head_dim: int, theta: str = "rope_theta", fraction: str = "partial_rotary_factor") -> dict:

@@ -152,12 +152,11 @@ class ModelConfig:
         return attn + mlp + 2 * (2 if self.norm == "layernorm" else 1) * self.d_model
 
     def validate(self, field: str = "model") -> "ModelConfig":
-        for name, known in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS), ("qk_norm", QK_NORMS)):
+        choices = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS}
+        choices |= {"norm_placement": NORM_PLACEMENTS, "remat": REMATS, "dtype": DTYPES}
+        choices |= {"attention": attention.IMPLEMENTATIONS}
+        for name, known in choices.items():
             one_of(f"{field}.{name}", getattr(self, name), known)
-        one_of(f"{field}.norm_placement", self.norm_placement, NORM_PLACEMENTS)
-        one_of(f"{field}.remat", self.remat, REMATS)
-        one_of(f"{field}.dtype", self.dtype, DTYPES)
-        one_of(f"{field}.attention", self.attention, attention.IMPLEMENTATIONS)
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"{field}.{name}={getattr(self, name)} must be at least 1.")
@@ -205,9 +204,9 @@ class ModelConfig:
             )
         for layer, (heads, kv_heads, _, _) in enumerate(sizes):
             if heads % kv_heads:
-                where = f"in layer {layer} of {field}.layer_sizes: {heads} heads" if self.layer_sizes else ""
+                unequal = f"in layer {layer} of {field}.layer_sizes: {heads} heads"
                 raise UserError(
-                    f"{where or f'{field}.num_heads={heads}'} is not a multiple of {field}.num_kv_heads={kv_heads}: "
+                    f"{unequal if self.layer_sizes else f'{field}.num_heads={heads}'} is not a multiple of {field}.num_kv_heads={kv_heads}: "
                     "every group of query heads shares one key/value head."
                 )
         for name, largest in zip(LayerSizes._fields, map(max, zip(*sizes, strict=True)), strict=True):
