@@ -204,9 +204,9 @@ class ModelConfig:
             )
         for layer, (heads, kv_heads, _, _) in enumerate(sizes):
             if heads % kv_heads:
-                unequal = f"in layer {layer} of {field}.layer_sizes: {heads} heads"
+                where = f"in layer {layer} of {field}.layer_sizes: {heads} heads" if self.layer_sizes else ""
                 raise UserError(
-                    f"{unequal if self.layer_sizes else f'{field}.num_heads={heads}'} is not a multiple of {field}.num_kv_heads={kv_heads}: "
+                    f"{where or f'{field}.num_heads={heads}'} is not a multiple of {field}.num_kv_heads={kv_heads}: "
                     "every group of query heads shares one key/value head."
                 )
         for name, largest in zip(LayerSizes._fields, map(max, zip(*sizes, strict=True)), strict=True):

@@ -231,7 +231,6 @@ class Transformer(nn.Module):
 
         segment_ids: int32 [B, S], of all slots of the cache.
         """
-
         carry = self._embed_tokens(tokens, positions), cache
         for segment, layers in split_layers(self.config, self.layers):
             block = Block(segment.config, parent=None)

@@ -88,7 +88,9 @@ def place(parent: ModelConfig, hull: ModelConfig, cut: Cut) -> View:
 def place_layers(parent: ModelConfig, hull: ModelConfig, layers: Sequence[LayerCut]) -> tuple[slots.LayerSlots, Scales]:
     """Slots and factors of the hull's layers, as numpy arrays; those beyond `layers` are empty."""
     placed = [_place_layer(parent, hull, layer) for layer in layers]
-    placed += [_empty_layer(hull)] * (hull.num_layers - len(layers))
+    sizes = (hull.num_kv_heads, hull.num_heads, hull.head_dim, hull.mlp_dim)
+    empty = slots.LayerSlots(np.int32(slots.EMPTY), *(np.full(n, slots.EMPTY, np.int32) for n in sizes))
+    placed += [(empty, Scales(1.0, 1.0, 1.0, 1.0))] * (hull.num_layers - len(layers))
     held, scales = zip(*placed, strict=True)
     return (
         slots.LayerSlots(*map(np.stack, zip(*held, strict=True))),
@@ -124,11 +126,6 @@ def layer_scales(hull: ModelConfig, heads: int, groups: int, features: int) -> S
     q = head * (hull.num_heads / heads) ** 0.5
     k = head * (hull.num_kv_heads / groups) ** 0.5
     return Scales(q, k, head / q, 1 / k)
-
-
-def _empty_layer(hull: ModelConfig) -> tuple[slots.LayerSlots, Scales]:
-    sizes = (hull.num_kv_heads, hull.num_heads, hull.head_dim, hull.mlp_dim)
-    return slots.LayerSlots(np.int32(slots.EMPTY), *(_fill((), (), n, "") for n in sizes)), Scales(1.0, 1.0, 1.0, 1.0)
 
 
 def _fill(entries: Sequence[int], places: Sequence[int], size: int, name: str) -> np.ndarray:
