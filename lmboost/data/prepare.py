@@ -313,7 +313,8 @@ def _make_shard(partial: pathlib.Path, bucket: int, plan: dict) -> None:
     raws = _bucket_documents(partial, bucket, arguments["seed"])
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     last = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    documents, text_bytes, empty = [], 0, 0
+    documents = []
+    text_bytes = empty = 0
     for batch in _batches(raws):
         for raw, ids in zip(batch, tokenizer.encode_batch([raw.decode("utf-8") for raw in batch]), strict=True):
             if len(ids):

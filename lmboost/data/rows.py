@@ -45,7 +45,8 @@ class Rows:
           skipped: (first, last) steps as metrics.jsonl counts them, from 1; ascending, apart from one another.
           steps: of the whole run.
         """
-        jumps, left_out, step = [], 0, 0
+        jumps = []
+        left_out = step = 0
         for first, last in skipped:
             begin, end = self._plain(first - 1), self._plain(last)
             # The first step from here on that would take a row after `begin`.

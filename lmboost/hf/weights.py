@@ -71,7 +71,8 @@ def tensors(family: Family, shapes: Mapping[str, Sequence[int]], vocab_size: int
     for name, text, paths in family.tensors:
         if paths[0] not in shapes:
             continue
-        layout, stacked, shape = Layout.parse(text), paths[0].startswith("layers/"), tuple(shapes[paths[0]])
+        layout, shape = Layout.parse(text), tuple(shapes[paths[0]])
+        stacked = paths[0].startswith("layers/")
         sizes = dict(zip(layout.target, shape[stacked:], strict=True)) | {"p": len(paths)}
         sizes |= {"v": vocab_size} if "v" in sizes else {}
         for layer in range(shape[0]) if stacked else [None]:
