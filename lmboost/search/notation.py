@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lmboost import ranges
 from lmboost.errors import UserError, one_of
 from lmboost.models.model_config import ModelConfig
+from lmboost.surgery import view
 from lmboost.surgery.subnet import Cut, LayerCut
 
 _COUNT = r"([0-9]{1,12}(?:\.[0-9]{1,12})?)([KMB]?)"
@@ -91,12 +92,12 @@ def read_choices(search: ConfigDict, parent: ModelConfig) -> dict[str, tuple[int
 
 def _check_rotation(head_dims: tuple[int, ...], parent: ModelConfig, text: str) -> None:
     """A UserError where the rotary frequencies of a head size are not some of those of the largest one."""
-    rotated = {n: dataclasses.replace(parent, head_dim=n).rotary_dim for n in range(1, head_dims[-1] + 1)}
-    largest, rest = rotated[head_dims[-1]], head_dims[-1] - rotated[head_dims[-1]]
+    hull = dataclasses.replace(parent, head_dim=head_dims[-1])
+    rotated = {n: dataclasses.replace(parent, head_dim=n).rotary_dim for n in range(1, hull.head_dim + 1)}
+    largest, rest = hull.rotary_dim, hull.head_dim - hull.rotary_dim
 
     def is_good(n):
-        divides = rotated[n] >= 2 and largest % rotated[n] == 0 if largest else rotated[n] == 0
-        return divides and n - rotated[n] <= rest
+        return view.has_room(hull, n) and bool(rotated[n]) == bool(largest)
 
     if wrong := [n for n in head_dims if not is_good(n)]:
         n, good = wrong[0], ranges.write([k for k in rotated if is_good(k)])
