@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help=f"of the parameters: {' or '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
     parser.add_argument("--layers", default="", help="that are taken, counted from 0, as 0-5,8; empty is all of it")
-    parts = ",".join(inherit.PARTS)
+    parts = ",".join(inherit.PARTS.values())
     parser.add_argument("--fresh", default="", help=f"with --layers: parts that start at random, of {parts}")
     parser.add_argument("--seed", type=int, default=0, help="of the parts that start at random, as a run's seed is")
     parser.add_argument("--tokenizer", default="", help="empty: the model's own, beside it or in its data")

@@ -31,7 +31,7 @@ from lmboost.errors import UserError
 _RUN_BYTES = 64_000_000  # text that one task holds before it writes to disk
 _SHARD_BYTES = 64_000_000
 _SMALL_SHARD_BYTES = 2_000_000  # a small corpus still gets enough shards to keep some cores busy
-_BATCH_CHARS = 1_000_000
+_BATCH_BYTES = 1_000_000  # of text that is tokenised at once
 _NAMED = 3  # how many documents a report names
 _LIBRARIES = ("array_record", "numpy", "sentencepiece", "tensorflow_datasets", "tokenizers")
 
@@ -313,8 +313,9 @@ def _make_shard(partial: pathlib.Path, bucket: int, plan: dict) -> None:
     raws = _bucket_documents(partial, bucket, arguments["seed"])
     first = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     last = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    documents, text_bytes, empty = [], 0, 0
-    for batch in _batches(raws):
+    documents = []
+    text_bytes = empty = 0
+    for batch in sources.grouped(raws, len, _BATCH_BYTES):
         for raw, ids in zip(batch, tokenizer.encode_batch([raw.decode("utf-8") for raw in batch]), strict=True):
             if len(ids):
                 documents.append(np.concatenate([first, ids, last]).astype(np.int32))
@@ -329,16 +330,6 @@ def _make_shard(partial: pathlib.Path, bucket: int, plan: dict) -> None:
 
 
 _load_once = functools.lru_cache(maxsize=1)(tokenizer_lib.load)  # a worker makes many shards with one tokenizer
-
-
-def _batches(raws: Sequence[bytes]) -> Iterator[list[bytes]]:
-    batch, size = [], 0
-    for i, raw in enumerate(raws, 1):
-        batch.append(raw)
-        size += len(raw)
-        if size >= _BATCH_CHARS or i == len(raws):
-            yield batch
-            batch, size = [], 0
 
 
 def _assemble(partial: pathlib.Path, out: pathlib.Path, plan: dict, spread: Sequence[dict]) -> dict:

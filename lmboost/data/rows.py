@@ -45,7 +45,8 @@ class Rows:
           skipped: (first, last) steps as metrics.jsonl counts them, from 1; ascending, apart from one another.
           steps: of the whole run.
         """
-        jumps, left_out, step = [], 0, 0
+        jumps = []
+        left_out = step = 0
         for first, last in skipped:
             begin, end = self._plain(first - 1), self._plain(last)
             # The first step from here on that would take a row after `begin`.
@@ -76,22 +77,22 @@ class Rows:
         return (step + scored * (self.candidates - 1)) * self.batch_size
 
 
-def parse_ranges(text: str, steps: int, field: str = "data.skip") -> tuple[tuple[int, int], ...]:
+def parse_ranges(text: str, steps: int) -> tuple[tuple[int, int], ...]:
     """(first, last) of each range in "1200-1399,2000"; none in an empty text.
 
     Raises a UserError where they are not ascending ranges of the steps 1 to `steps`.
     """
     wrong = "is neither a step nor a range of them. Give steps as in '1200-1399,2000'."
     found: list[tuple[int, int]] = []
-    for word, first, last in ranges.parse(text, f"{field}={text!r}", wrong) if text.strip() else ():
+    for word, first, last in ranges.parse(text, f"data.skip={text!r}", wrong) if text.strip() else ():
         if not 1 <= first <= last <= steps:
             raise UserError(
-                f"{field}={text!r}: {word!r} is not a range of steps, which are 1 to {steps}. Give them as "
+                f"data.skip={text!r}: {word!r} is not a range of steps, which are 1 to {steps}. Give them as "
                 "metrics.jsonl numbers them, the first one before the last one."
             )
         if found and first <= found[-1][1]:
             raise UserError(
-                f"{field}={text!r}: {word!r} does not come after {'-'.join(map(str, found[-1]))}. Give every step "
+                f"data.skip={text!r}: {word!r} does not come after {'-'.join(map(str, found[-1]))}. Give every step "
                 "once, in ascending order."
             )
         found.append((first, last))

@@ -9,12 +9,14 @@ import glob
 import gzip
 import io
 import json
+import math
 import os
 import pathlib
 import sysconfig
 import urllib.parse
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -82,7 +84,20 @@ def find(sources: Sequence[str], text_field: str = "text") -> list[Unit]:
             units.append(Unit("jsonl", (path,), (_stamp(path),), _text_size(path)))
         else:
             texts.append(path)
-    return units + list(_text_units(texts))
+    for group in grouped(texts, _text_size, _UNIT_BYTES, _UNIT_FILES):
+        units.append(Unit("text", tuple(group), tuple(map(_stamp, group)), sum(map(_text_size, group))))
+    return units
+
+
+def grouped(items: Sequence, size: Callable[[Any], int], enough: int, most: float = math.inf) -> Iterator[list]:
+    """Neighbours in groups that end where their sizes reach `enough`, or where they are `most`."""
+    group, total = [], 0
+    for i, item in enumerate(items, 1):
+        group.append(item)
+        total += size(item)
+        if total >= enough or len(group) >= most or i == len(items):
+            yield group
+            group, total = [], 0
 
 
 def read(unit: Unit, text_field: str = "text") -> Iterator[Document]:
@@ -129,16 +144,6 @@ def _stamp(path: str) -> tuple[int, int]:
 
 def _text_size(path: str) -> int:
     return os.path.getsize(path) * (_COMPRESSION if path.endswith((".gz", ".zst")) else 1)
-
-
-def _text_units(paths: Sequence[str]) -> Iterator[Unit]:
-    group, size = [], 0
-    for i, path in enumerate(paths, 1):
-        group.append(path)
-        size += _text_size(path)
-        if size >= _UNIT_BYTES or len(group) >= _UNIT_FILES or i == len(paths):
-            yield Unit("text", tuple(group), tuple(map(_stamp, group)), size)
-            group, size = [], 0
 
 
 def _decode(raw: bytes) -> tuple[str, bool]:
@@ -218,13 +223,8 @@ def _parquet_units(path: str, text_field: str) -> list[Unit]:
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
     if text_field not in names:
         raise UserError(f"{path}: no column {text_field!r}; it has: {', '.join(names)}. Choose one with --text_field.")
-    units, start = [], 0
-    for stop in range(1, len(sizes) + 1):
-        size = sum(sizes[start:stop])
-        if size >= _UNIT_BYTES or stop == len(sizes):
-            units.append(Unit("parquet", (path,), (_stamp(path),), size, start, stop))
-            start = stop
-    return units
+    runs = grouped(range(len(sizes)), lambda row_group: sizes[row_group], _UNIT_BYTES)
+    return [Unit("parquet", (path,), (_stamp(path),), sum(sizes[i] for i in run), run[0], run[-1] + 1) for run in runs]
 
 
 def _read_parquet(unit: Unit, text_field: str) -> Iterator[Document]:

@@ -103,8 +103,8 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {self.path} is not a readable SentencePiece model: {error}") from error
         self.vocab_size = self._model.vocab_size()
-        self.bos_id = _known(self._model.bos_id())
-        self.eos_id = _known(self._model.eos_id())
+        ids = self._model.bos_id(), self._model.eos_id()
+        self.bos_id, self.eos_id = (None if i < 0 else i for i in ids)
         self.adds_bos = self.bos_id is not None
         mark_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._mark_ids = mark_bytes if all(self._model.is_byte(i) for i in mark_bytes) else None
@@ -260,7 +260,3 @@ def _split(text: str) -> Iterator[str]:
             chunk += piece
     if chunk:
         yield chunk
-
-
-def _known(i: int) -> int | None:
-    return None if i < 0 else i

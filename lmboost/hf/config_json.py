@@ -38,20 +38,12 @@ _NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
 _LACKS = {
     "gemma": "embeddings scaled by the width, norms with weight + 1, a GELU gate",
     "gemma2": "logit soft-capping, norms on both sides of a sublayer, windows in every other layer",
-    "gemma3": "norms on both sides of a sublayer, two rotary bases, windows in some layers",
-    "gemma3_text": "norms on both sides of a sublayer, two rotary bases, windows in some layers",
     "gpt_neo": "windows in every other layer, unscaled attention",
     "gptj": "rotary positions of interleaved pairs, one norm for attention and MLP",
-    "bloom": "ALiBi positions",
-    "mpt": "ALiBi positions",
     "falcon": "keys and values fused with queries group by group, one norm for attention and MLP",
     "phi": "one norm for attention and MLP, a bias of the head",
     "phi3": "fused projections, longrope positions",
     "stablelm": "LayerNorm with a gated MLP",
-    "mixtral": "mixture of experts",
-    "qwen2_moe": "mixture of experts",
-    "qwen3_moe": "mixture of experts",
-    "olmoe": "mixture of experts",
     "gpt_oss": "mixture of experts, attention sinks, windows in every other layer",
     "deepseek_v3": "latent attention, mixture of experts",
     "olmo": "norms without weights",
@@ -62,6 +54,11 @@ _LACKS = {
     "mamba": "state-space layers",
     "t5": "an encoder",
     "bert": "attention to later tokens",
+    **dict.fromkeys(("bloom", "mpt"), "ALiBi positions"),
+    **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), "mixture of experts"),
+    **dict.fromkeys(
+        ("gemma3", "gemma3_text"), "norms on both sides of a sublayer, two rotary bases, windows in some layers"
+    ),
 }
 
 

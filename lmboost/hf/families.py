@@ -3,13 +3,19 @@
 Each says how its config.json becomes a ModelConfig and back, and where its tensors lie in the parameters.
 """
 
+import functools
 from typing import Any
 
 from lmboost.hf import family
-from lmboost.hf.family import ACTIVATION_NAMES, ROPE_KEYS, Family, Keys
+from lmboost.hf.family import ACTIVATION_NAMES, ACTIVATIONS, ROPE_KEYS, Family, Keys
 from lmboost.models.model_config import ModelConfig
 
 _BIASES = ("qkv_bias", "attn_out_bias", "mlp_bias")
+_NAMES = {  # of all but GPT-2
+    "vocab_size": "vocab_size", "num_hidden_layers": "num_layers", "hidden_size": "d_model",
+    "num_attention_heads": "num_heads", "max_position_embeddings": "max_seq_len",
+    "tie_word_embeddings": "tie_embeddings",
+}  # fmt: skip
 _PLAIN = {
     "final_norm": (True,), "norm_placement": ("pre",), "parallel_residual": (False,), "qk_norm": ("none",),
     "sliding_window": (0,), "scale_attn_by_layer": (False,),
@@ -34,11 +40,9 @@ def _read_biases(c: Keys) -> dict[str, bool]:
 
 # ---------------------------------------------------------------- Llama and what follows it
 
-_LLAMA_NAMES = {
-    "vocab_size": "vocab_size", "num_hidden_layers": "num_layers", "hidden_size": "d_model",
-    "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim",
-    "intermediate_size": "mlp_dim", "max_position_embeddings": "max_seq_len", "rms_norm_eps": "norm_eps",
-    "tie_word_embeddings": "tie_embeddings", "initializer_range": "init_std",
+_LLAMA_NAMES = _NAMES | {
+    "num_key_value_heads": "num_kv_heads", "head_dim": "head_dim", "intermediate_size": "mlp_dim",
+    "rms_norm_eps": "norm_eps", "initializer_range": "init_std",
 }  # fmt: skip
 _LLAMA_KEYS = ROPE_KEYS | {
     "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
@@ -95,7 +99,9 @@ def _llama_tensors(attn_norm: str = "input_layernorm", mlp_norm: str = "post_att
     )
 
 
-LLAMA = Family(
+_llama_like = functools.partial(Family, names=_LLAMA_NAMES, prefix="model.", tensors=_llama_tensors())
+
+LLAMA = _llama_like(
     architecture="LlamaForCausalLM",
     model_type="llama",
     keys=_LLAMA_KEYS | {"attention_bias": False, "mlp_bias": False},
@@ -105,58 +111,45 @@ LLAMA = Family(
     switches=_LLAMA_SWITCHES | {"mlp_bias": (False, True)},
     equal=(("qkv_bias", "attn_out_bias"),),
     heads="divide",  # since transformers 5
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-MISTRAL = Family(
+MISTRAL = _llama_like(
     architecture="MistralForCausalLM",
     model_type="mistral",
     keys=_LLAMA_KEYS
     | {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, sliding_window=c["sliding_window"] or 0),
     write=lambda m: _write_llama(m, sliding_window=m.sliding_window or None),
     switches=_LLAMA_SWITCHES | {"sliding_window": _ANY_WINDOW, "qkv_bias": (False,), "attn_out_bias": (False,)},
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-QWEN2 = Family(
+QWEN2 = _llama_like(
     architecture="Qwen2ForCausalLM",
     model_type="qwen2",
     keys=_QWEN_KEYS,
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, qkv_bias=True, sliding_window=family.read_window(c)),
     write=_write_qwen,
     switches=_LLAMA_SWITCHES | {"sliding_window": _ANY_WINDOW, "qkv_bias": (True,), "attn_out_bias": (False,)},
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-QWEN3 = Family(
+QWEN3 = _llama_like(
     architecture="Qwen3ForCausalLM",
     model_type="qwen3",
     keys=_QWEN_KEYS | {"head_dim": 128, "attention_bias": False},
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, **_read_biases(c), qk_norm="head", sliding_window=family.read_window(c)),
     write=lambda m: _write_qwen(m, attention_bias=m.qkv_bias),
     switches=_LLAMA_SWITCHES | {"sliding_window": _ANY_WINDOW, "qk_norm": ("head",)},
     equal=(("qkv_bias", "attn_out_bias"),),
-    prefix="model.",
-    tensors=_llama_tensors(),
 )
 
-OLMO2 = Family(
+OLMO2 = _llama_like(
     architecture="Olmo2ForCausalLM",
     model_type="olmo2",
     keys=_LLAMA_KEYS | {"vocab_size": 50304, "rms_norm_eps": 1e-5, "attention_bias": False},
-    names=_LLAMA_NAMES,
     read=lambda c: _read_llama(c, **_read_biases(c), qk_norm="full", norm_placement="post"),
     write=lambda m: _write_llama(m, attention_bias=m.qkv_bias),
     switches=_LLAMA_SWITCHES | {"norm_placement": ("post",), "qk_norm": ("full",)},
     equal=(("qkv_bias", "attn_out_bias"),),
-    prefix="model.",
     tensors=_llama_tensors("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
@@ -171,8 +164,10 @@ def _read_layernorm(c: Keys, width: int, heads: int, activation: str, **more: An
     """The fields that GPT-2, OPT and GPT-NeoX have in common."""
     if width % heads:
         raise c.refuse("the number of heads", heads, f"expected a divisor of the width {width}")
-    mlp = family.read_activation(c, activation)
-    return {"norm": "layernorm", "mlp": mlp, "num_kv_heads": heads, "head_dim": width // heads} | more
+    if c[activation] not in ACTIVATIONS:
+        raise c.refuse(activation, c[activation], f"expected one of {', '.join(ACTIVATIONS)}")
+    sizes = {"num_kv_heads": heads, "head_dim": width // heads}
+    return {"norm": "layernorm", "mlp": ACTIVATIONS[c[activation]]} | sizes | more
 
 
 def _read_gpt2(c: Keys) -> dict[str, Any]:
@@ -247,11 +242,7 @@ OPT = Family(
         "word_embed_proj_dim": None, "activation_function": "relu", "init_std": 0.02, "enable_bias": True,
         "layer_norm_elementwise_affine": True, "tie_word_embeddings": True,
     },
-    names={
-        "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "num_layers", "ffn_dim": "mlp_dim",
-        "num_attention_heads": "num_heads", "max_position_embeddings": "max_seq_len", "init_std": "init_std",
-        "tie_word_embeddings": "tie_embeddings",
-    },
+    names=_NAMES | {"ffn_dim": "mlp_dim", "init_std": "init_std"},
     read=_read_opt,
     write=_write_opt,
     switches=_PLAIN | _LAYERNORM
@@ -307,10 +298,8 @@ NEOX = Family(
         "layer_norm_eps": 1e-5, "tie_word_embeddings": False, "use_parallel_residual": True, "attention_bias": True,
         "rotary_pct": 0.25, "rotary_emb_base": 10000.0, "rope_theta": None, "partial_rotary_factor": None,
     },
-    names={
-        "vocab_size": "vocab_size", "hidden_size": "d_model", "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads", "intermediate_size": "mlp_dim", "max_position_embeddings": "max_seq_len",
-        "initializer_range": "init_std", "layer_norm_eps": "norm_eps", "tie_word_embeddings": "tie_embeddings",
+    names=_NAMES | {
+        "intermediate_size": "mlp_dim", "initializer_range": "init_std", "layer_norm_eps": "norm_eps",
         "use_parallel_residual": "parallel_residual",
     },
     read=_read_neox,

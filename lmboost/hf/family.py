@@ -92,18 +92,15 @@ KINDS = {
     "partial_rotary_factor": float,
 }  # fmt: skip
 # As transformers names an activation: ours. "gelu_new" and those after it are one formula.
-_ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fromkeys(
+ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_tanh"
 )
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 ROPE_KEYS = {"rope_theta": 10000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0}
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-
-
-def read_activation(c: Keys, key: str) -> str:
-    if c[key] not in _ACTIVATIONS:
-        raise c.refuse(key, c[key], f"expected one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[c[key]]
+_LLAMA3 = {  # the numbers of its scaling
+    "factor": "rope_scaling_factor", "low_freq_factor": "rope_low_freq_factor",
+    "high_freq_factor": "rope_high_freq_factor", "original_max_position_embeddings": "rope_original_seq_len",
+}  # fmt: skip
 
 
 def read_rope(c: Keys, head_dim: int, theta: str = "rope_theta", fraction: str = "partial_rotary_factor") -> dict:
@@ -125,15 +122,11 @@ def read_rope(c: Keys, head_dim: int, theta: str = "rope_theta", fraction: str =
         raise c.refuse(fraction, rope["partial_rotary_factor"], f"{turned} of {head_dim} features cannot be rotated")
     out = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope["partial_rotary_factor"])}
     if kind == "llama3":
-        rope.setdefault(_LLAMA3[3], c["max_position_embeddings"])
+        rope.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
         if missing := [key for key in _LLAMA3 if key not in rope]:
             raise c.refuse(where, given, f"expected {missing[0]!r} in it")
-        out |= {
-            "rope_scaling_factor": float(rope["factor"]),
-            "rope_low_freq_factor": float(rope["low_freq_factor"]),
-            "rope_high_freq_factor": float(rope["high_freq_factor"]),
-            "rope_original_seq_len": int(rope[_LLAMA3[3]]),
-        }
+        out |= {ours: float(rope[theirs]) for theirs, ours in _LLAMA3.items()}
+        out["rope_original_seq_len"] = int(out["rope_original_seq_len"])
     return out
 
 
@@ -141,8 +134,7 @@ def write_rope(m: ModelConfig) -> dict[str, Any]:
     """In the older keys, which every version of transformers reads."""
     if m.rope_scaling_factor == 1.0:
         return {"rope_theta": m.rope_theta, "rope_scaling": None}
-    values = (m.rope_scaling_factor, m.rope_low_freq_factor, m.rope_high_freq_factor, m.rope_original_seq_len)
-    scaling = {"rope_type": "llama3"} | dict(zip(_LLAMA3, values, strict=True))
+    scaling = {"rope_type": "llama3"} | {theirs: getattr(m, ours) for theirs, ours in _LLAMA3.items()}
     return {"rope_theta": m.rope_theta, "rope_scaling": scaling}
 
 

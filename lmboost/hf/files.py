@@ -110,9 +110,9 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         header = json.loads(raw)
         header.pop("__metadata__", None)
         entries = sorted(
-            ((*map(int, entry["data_offsets"]), name, entry["dtype"], tuple(map(int, entry["shape"])))
-             for name, entry in header.items())
-        )  # fmt: skip
+            (*map(int, entry["data_offsets"]), name, entry["dtype"], tuple(map(int, entry["shape"])))
+            for name, entry in header.items()
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(f"its header is not readable ({type(error).__name__})") from error
     tensors, end = {}, 0

@@ -104,9 +104,9 @@ def _match(
     published: config_json.Published, wanted: Sequence[weights.Tensor], stored: Mapping[str, files.Stored]
 ) -> tuple[dict[str, files.Stored], list[str]]:
     """The tensors that are wanted by their full names, and why the others are left out."""
-    where, prefix, skipped = published.directory, published.family.prefix, []
+    where, prefix = published.directory, published.family.prefix
     left = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-    found = {}
+    found, skipped = {}, []
     for tensor in wanted:
         there = left.pop(tensor.name.removeprefix(prefix), None)
         if there is None:

@@ -13,10 +13,11 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import decoders, models, normalizers, processors
 
-from lmboost.data.tokenizer import FILE_NAMES, Tokenizer
+from lmboost.data.tokenizer import Tokenizer
 from lmboost.errors import UserError
 from lmboost.hf import files
 
+_Piece = sentencepiece_model.ModelProto.SentencePiece
 _FAST, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BESIDE = (
     _FAST, _CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -29,8 +30,7 @@ _SPLIT_OF_QWEN = (
 
 def copy(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
     """Copies a tokenizer's file, and those beside it that belong to it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(tokenizer.path, directory / FILE_NAMES[tokenizer.kind])
+    tokenizer.save(directory)
     for name in _BESIDE:
         if (source := tokenizer.path.with_name(name)).is_file() and not (directory / name).exists():
             shutil.copyfile(source, directory / name)
@@ -66,11 +66,10 @@ def from_sentencepiece(path: pathlib.Path) -> tokenizers.Tokenizer:
     A UserError names what cannot be carried over.
     """
     proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())
-    kinds = sentencepiece_model.ModelProto.SentencePiece
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     _check(path, proto)
-    bytes_too = any(piece.type == kinds.BYTE for piece in proto.pieces)
-    unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == kinds.UNKNOWN)
+    bytes_too = any(piece.type == _Piece.BYTE for piece in proto.pieces)
+    unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN)
     if trainer.model_type == trainer.BPE:
         model = models.BPE(
             vocab={piece.piece: i for i, piece in enumerate(proto.pieces)},
@@ -84,10 +83,8 @@ def from_sentencepiece(path: pathlib.Path) -> tokenizers.Tokenizer:
     out = tokenizers.Tokenizer(model)
     out.normalizer = _normalizer(rules)
     strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
-    out.decoder = decoders.Sequence(
-        [decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )  # fmt: skip
-    control = [piece.piece for piece in proto.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    out.decoder = decoders.Sequence([decoders.Replace(_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    control = [piece.piece for piece in proto.pieces if piece.type in (_Piece.CONTROL, _Piece.UNKNOWN)]
     out.add_special_tokens([tokenizers.AddedToken(piece, special=True, normalized=False) for piece in control])
     bos = trainer.bos_piece
     if bos in control:
@@ -98,12 +95,11 @@ def from_sentencepiece(path: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 def _check(path: pathlib.Path, proto: sentencepiece_model.ModelProto) -> None:
-    kinds = sentencepiece_model.ModelProto.SentencePiece
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
-    symbols = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED and len(piece.piece) > 1]
+    symbols = [piece.piece for piece in proto.pieces if piece.type == _Piece.USER_DEFINED and len(piece.piece) > 1]
     lacks = [
         (trainer.model_type not in (trainer.BPE, trainer.UNIGRAM), "a model that is neither BPE nor unigram"),
-        (any(piece.type == kinds.UNUSED for piece in proto.pieces), "unused pieces"),
+        (any(piece.type == _Piece.UNUSED for piece in proto.pieces), "unused pieces"),
         (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix"),
         (not rules.escape_whitespaces, "escape_whitespaces=false"),
         (bool(symbols), f"user-defined symbols of several characters ({symbols[:3]})"),
@@ -116,13 +112,12 @@ def _check(path: pathlib.Path, proto: sentencepiece_model.ModelProto) -> None:
             )
 
 
-def _merges(pieces: Sequence[sentencepiece_model.ModelProto.SentencePiece]) -> list[tuple[str, str]]:
+def _merges(pieces: Sequence[_Piece]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, the best piece's first.
 
     A user-defined symbol is merged with nothing.
     """
-    kinds = sentencepiece_model.ModelProto.SentencePiece
-    normal = {piece.piece: piece.score for piece in pieces if piece.type == kinds.NORMAL}
+    normal = {piece.piece: piece.score for piece in pieces if piece.type == _Piece.NORMAL}
     merges = []
     for piece in sorted(normal, key=lambda piece: -normal[piece]):
         pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))

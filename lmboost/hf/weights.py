@@ -48,10 +48,6 @@ class Layout:
         """The letter along which blocks of published rows are read; none where p comes first."""
         return self.published[0][0].replace("p", "")
 
-    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The published shape."""
-        return tuple(math.prod(sizes[letter] for letter in axis) for axis in self.published)
-
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -65,7 +61,8 @@ class Tensor:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.layout.shape(self.sizes)
+        """As it is published."""
+        return tuple(math.prod(self.sizes[letter] for letter in axis) for axis in self.layout.published)
 
 
 def tensors(family: Family, shapes: Mapping[str, Sequence[int]], vocab_size: int) -> list[Tensor]:
@@ -74,7 +71,8 @@ def tensors(family: Family, shapes: Mapping[str, Sequence[int]], vocab_size: int
     for name, text, paths in family.tensors:
         if paths[0] not in shapes:
             continue
-        layout, stacked, shape = Layout.parse(text), paths[0].startswith("layers/"), tuple(shapes[paths[0]])
+        layout, shape = Layout.parse(text), tuple(shapes[paths[0]])
+        stacked = paths[0].startswith("layers/")
         sizes = dict(zip(layout.target, shape[stacked:], strict=True)) | {"p": len(paths)}
         sizes |= {"v": vocab_size} if "v" in sizes else {}
         for layer in range(shape[0]) if stacked else [None]:

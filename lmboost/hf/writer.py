@@ -55,7 +55,9 @@ def export(
     """
     family = family_of(model)
     wide = widen.wide_config(model, family.heads)
-    params, model = jax.jit(lambda params: widen.widen(model, params, wide))(params) if wide != model else params, wide
+    if wide != model:
+        params = jax.jit(lambda params: widen.widen(model, params, wide))(params)
+        model = wide
     if family is QWEN2 and not tokenizer_files.is_qwen(tokenizer):
         # AutoTokenizer would split texts for a Qwen2 model as Qwen does, whatever its files say.
         model = dataclasses.replace(model, attn_out_bias=True)

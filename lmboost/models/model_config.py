@@ -152,12 +152,11 @@ class ModelConfig:
         return attn + mlp + 2 * (2 if self.norm == "layernorm" else 1) * self.d_model
 
     def validate(self, field: str = "model") -> "ModelConfig":
-        for name, known in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS), ("qk_norm", QK_NORMS)):
+        choices = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS}
+        choices |= {"norm_placement": NORM_PLACEMENTS, "remat": REMATS, "dtype": DTYPES}
+        choices |= {"attention": attention.IMPLEMENTATIONS}
+        for name, known in choices.items():
             one_of(f"{field}.{name}", getattr(self, name), known)
-        one_of(f"{field}.norm_placement", self.norm_placement, NORM_PLACEMENTS)
-        one_of(f"{field}.remat", self.remat, REMATS)
-        one_of(f"{field}.dtype", self.dtype, DTYPES)
-        one_of(f"{field}.attention", self.attention, attention.IMPLEMENTATIONS)
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
             if getattr(self, name) < 1:
                 raise UserError(f"{field}.{name}={getattr(self, name)} must be at least 1.")

@@ -153,9 +153,8 @@ class Transformer(nn.Module):
         c = self.config
         self.embed = nn.Embed(c.vocab_rows, c.d_model, embedding_init=_normal(c), dtype=c.dtype)
         if c.position == "learned":
-            self.position_embed = nn.Embed(
-                c.max_seq_len + c.position_offset, c.d_model, embedding_init=_normal(c), dtype=c.dtype
-            )
+            rows = c.max_seq_len + c.position_offset
+            self.position_embed = nn.Embed(rows, c.d_model, embedding_init=_normal(c), dtype=c.dtype)
         self.layers = self.param("layers", self._init_layers)
         if c.final_norm:
             self.last_norm = Norm(c, name="final_norm")
@@ -231,7 +230,6 @@ class Transformer(nn.Module):
 
         segment_ids: int32 [B, S], of all slots of the cache.
         """
-
         carry = self._embed_tokens(tokens, positions), cache
         for segment, layers in split_layers(self.config, self.layers):
             block = Block(segment.config, parent=None)

@@ -36,7 +36,8 @@ class Fitness:
     def __init__(
         self, parent: ModelConfig, params: Any, hull: ModelConfig, batches: Any, at_once: int, block_tokens: int
     ):
-        self._parent, self._params, self._hull, self._batches = parent, params, hull, batches
+        self._parent, self._params = parent, params
+        self._hull, self._batches = hull, batches
         self._at_once, self._block_tokens = at_once, block_tokens
         self.losses = jax.jit(self._losses_of)  # (params, stacked views, batches) -> a loss for each view
 

@@ -24,7 +24,8 @@ class Log:
     """
 
     def __init__(self, directory: pathlib.Path, about: dict[str, Any], at_once: int):
-        self.path, self.at_once, self.written = directory / "candidates.jsonl", at_once, 0
+        self.path, self.at_once = directory / "candidates.jsonl", at_once
+        self.written = 0
         directory.mkdir(parents=True, exist_ok=True)
         if (directory / "search.json").exists():
             _check_same(directory, json.loads((directory / "search.json").read_text()), about)

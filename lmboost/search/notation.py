@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from lmboost import ranges
 from lmboost.errors import UserError, one_of
 from lmboost.models.model_config import ModelConfig
+from lmboost.surgery import view
 from lmboost.surgery.subnet import Cut, LayerCut
 
 _COUNT = r"([0-9]{1,12}(?:\.[0-9]{1,12})?)([KMB]?)"
@@ -39,20 +40,21 @@ def parse_choices(text: str, field: str, default: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
-def parse_params(text: str, field: str = "search.params") -> tuple[int, int]:
+def parse_params(text: str) -> tuple[int, int]:
     """The fewest and the most parameters of a bin "385.1M-425.6M" or "405M+-5%"; suffixes K, M, B, or none."""
     expected = "Give a bin of parameters as LOWEST-HIGHEST, as in '385.1M-425.6M', or as '405M+-5%'."
     span = re.fullmatch(rf"{_COUNT}\s*-\s*{_COUNT}", text.strip())
     around = re.fullmatch(rf"{_COUNT}\s*\+-\s*([0-9]{{1,2}}(?:\.[0-9]{{1,12}})?)\s*%", text.strip())
     if not span and not around:
-        raise UserError(f"{field}={text!r} {'is not a bin' if text.strip() else 'is empty'}. {expected}")
+        raise UserError(f"search.params={text!r} {'is not a bin' if text.strip() else 'is empty'}. {expected}")
     if span:
         low, high = (Fraction(span[i]) * _SUFFIXES[span[i + 1]] for i in (1, 3))
     else:
         centre, share = Fraction(around[1]) * _SUFFIXES[around[2]], Fraction(around[3]) / 100
         low, high = centre * (1 - share), centre * (1 + share)
     if ceil(low) > floor(high):
-        raise UserError(f"{field}={text!r} holds no number: from {float(low):.12g} to {float(high):.12g}. {expected}")
+        ends = f"from {float(low):.12g} to {float(high):.12g}"
+        raise UserError(f"search.params={text!r} holds no number: {ends}. {expected}")
     return ceil(low), floor(high)
 
 
@@ -90,12 +92,12 @@ def read_choices(search: ConfigDict, parent: ModelConfig) -> dict[str, tuple[int
 
 def _check_rotation(head_dims: tuple[int, ...], parent: ModelConfig, text: str) -> None:
     """A UserError where the rotary frequencies of a head size are not some of those of the largest one."""
-    rotated = {n: dataclasses.replace(parent, head_dim=n).rotary_dim for n in range(1, head_dims[-1] + 1)}
-    largest, rest = rotated[head_dims[-1]], head_dims[-1] - rotated[head_dims[-1]]
+    hull = dataclasses.replace(parent, head_dim=head_dims[-1])
+    rotated = {n: dataclasses.replace(parent, head_dim=n).rotary_dim for n in range(1, hull.head_dim + 1)}
+    largest, rest = hull.rotary_dim, hull.head_dim - hull.rotary_dim
 
     def is_good(n):
-        divides = rotated[n] >= 2 and largest % rotated[n] == 0 if largest else rotated[n] == 0
-        return divides and n - rotated[n] <= rest
+        return view.has_room(hull, n) and bool(rotated[n]) == bool(largest)
 
     if wrong := [n for n in head_dims if not is_good(n)]:
         n, good = wrong[0], ranges.write([k for k in rotated if is_good(k)])
@@ -130,11 +132,10 @@ def from_json(value: Mapping[str, Any]) -> Cut:
         where = f"layers[{i}]"
         if not isinstance(part, Mapping) or type(part.get("layer")) is not int or part["layer"] < 0:
             raise UserError(f"{where} of a cut has no 'layer', the number of one of the parent's: {part!r}.")
-        heads = _text(part, "heads", where).split(";")
-        own = (_entries(_text(part, name, where), f"{where}.{name}") for name in ("groups", "features", "units"))
-        groups, features, units = own
-        each = tuple(_entries(text, f"{where}.heads") for text in heads)
-        layers.append(LayerCut(part["layer"], groups, each, features, units))
+        heads = tuple(_entries(text, f"{where}.heads") for text in _text(part, "heads", where).split(";"))
+        others = ("groups", "features", "units")
+        own = {name: _entries(_text(part, name, where), f"{where}.{name}") for name in others}
+        layers.append(LayerCut(layer=part["layer"], heads=heads, **own))
     return Cut(_entries(_text(value, "width", "the cut"), "width"), tuple(layers))
 
 

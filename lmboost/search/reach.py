@@ -37,20 +37,15 @@ class Width(NamedTuple):
         return fewest, most
 
 
-class Found(NamedTuple):
-    """A model in the bin; attention and mlp are the parameters in each layer, or one number for all if alike."""
-
-    d_model: int
-    depth: int
-    attention: list[int]
-    mlp: list[int]
-
-
-def find(rng: np.random.Generator, widths: Iterable[Width], alike: bool, low: int, high: int) -> Found:
+def find(
+    rng: np.random.Generator, widths: Iterable[Width], alike: bool, low: int, high: int
+) -> tuple[int, int, list[int], list[int]]:
     """A model drawn from those with `low` to `high` parameters.
 
     Args:
       alike: whether the layers of a model are all alike.
+
+    Returns (d_model, depth, attention, mlp), the last two the parameters of each layer, or one number if all are alike.
 
     Raises a UserError that names the nearest numbers that can be reached, where none is in the bin.
     """
@@ -75,9 +70,8 @@ def find(rng: np.random.Generator, widths: Iterable[Width], alike: bool, low: in
             if (hits := np.flatnonzero(start < stop)).size:
                 i = rng.choice(hits)
                 totals = int(a[i]), int(b[rng.integers(start[i], stop[i])])
-                return Found(
-                    width.d_model, depth, *(k.split(rng, n, depth) for k, n in zip(kinds, totals, strict=True))
-                )
+                attention, mlp = (kind.split(rng, n, depth) for kind, n in zip(kinds, totals, strict=True))
+                return width.d_model, depth, attention, mlp
             fewer, more = start > 0, start < len(b)
             below += [width.base + int((a[fewer] + b[start[fewer] - 1]).max())] if fewer.any() else []
             above += [width.base + int((a[more] + b[start[more]]).min())] if more.any() else []

@@ -252,7 +252,8 @@ class Space:
             if self.low <= total <= self.high:
                 return True
             at, i = int(rng.random() * len(rows)), int(rng.random() * len(ROW))
-            row, choices, sign = list(rows[at]), self._choices[i], 1 if total < self.low else -1
+            row, choices = list(rows[at]), self._choices[i]
+            sign = 1 if total < self.low else -1
             here = choices.index(row[i])
             left, passes = (len(choices) - 1 - here if sign > 0 else here), True
             while passes and left:  # a random step, and as long as it would pass the bin a shorter one
@@ -262,7 +263,8 @@ class Space:
                 after = total + times * (cost - costs[at])
                 passes, left = (after > self.high if sign > 0 else after < self.low), step - 1
             if row != rows[at] and (not passes or rng.random() < OVERSHOOT):
-                rows[at][i], costs[at], total = row[i], cost, after
+                rows[at][i] = row[i]
+                costs[at], total = cost, after
         return self.low <= total <= self.high
 
     def _look_through(self, rng) -> Draft:
@@ -288,7 +290,8 @@ class Space:
 
     def _fill(self, rng, draft: Draft) -> Cut:
         """The cut of a draft's sizes."""
-        coarse, orders, layers, firsts = self.granularity == "coarse", self.orders, [], {}
+        coarse, orders = self.granularity == "coarse", self.orders
+        layers, firsts = [], {}
 
         def take(order, size, kept):
             if not coarse:

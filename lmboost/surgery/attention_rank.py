@@ -27,22 +27,22 @@ from lmboost.models.transformer import Block
 SHARE = 0.90  # of the squared norm
 
 
-def rank(a_TxT: jax.Array, share: float = SHARE) -> jax.Array:
+def rank(a_TxT: jax.Array) -> jax.Array:
     """k* of each matrix [..., T, T], int32 [...], by singular values in float32."""
     squares = jnp.linalg.svd(a_TxT.astype(jnp.float32), compute_uv=False) ** 2
-    return _least(squares, share)
+    return _least(squares)
 
 
-def columns(a_TxT: jax.Array, share: float = SHARE) -> jax.Array:
+def columns(a_TxT: jax.Array) -> jax.Array:
     """m* of each matrix [..., T, T], int32 [...]."""
     squares = jnp.sum(a_TxT.astype(jnp.float32) ** 2, axis=-2)
-    return _least(-jnp.sort(-squares, axis=-1), share)
+    return _least(-jnp.sort(-squares, axis=-1))
 
 
-def _least(squares, share: float):
-    """How many of the largest (they come first) hold `share` of the sum; rounding of the sum is allowed for."""
+def _least(squares):
+    """How many of the largest (they come first) hold SHARE of the sum; rounding of the sum is allowed for."""
     held = jnp.cumsum(squares, axis=-1)
-    return 1 + jnp.sum(held < (share - 1e-6) * held[..., -1:], axis=-1, dtype=jnp.int32)
+    return 1 + jnp.sum(held < (SHARE - 1e-6) * held[..., -1:], axis=-1, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=0)

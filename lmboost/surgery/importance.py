@@ -43,21 +43,17 @@ class Importance:
     head_dim: int  # N; features of a head are not measured
 
     def orders(self) -> dict[str, tuple]:
-        """Indices of the parent, the most important first and of equal ones the lower; the fields of an `Orders`.
+        """The fields of a `search.space.Orders`: the most important entries first, of equal ones the lower.
 
-        width, layers: of the whole model.
-        groups: for each layer, key/value heads by the sum of their query heads.
-        heads: for each layer and each of the parent's groups, its query heads, counted within the group.
-        features: for each layer as they come: the first ones of a head are rotary pairs that belong together.
-        units: for each layer.
+        A key/value head is as important as its query heads together. Features come in the parent's order: the first
+        ones of a head are rotary pairs that belong together.
         """
-        num_layers = len(self.layers_L)
         return {
             "width": _falling(self.width_D),
             "layers": _falling(self.layers_L),
             "groups": tuple(_falling(heads_KxG.sum(1)) for heads_KxG in self.heads_LxKxG),
             "heads": tuple(tuple(map(_falling, heads_KxG)) for heads_KxG in self.heads_LxKxG),
-            "features": (tuple(range(self.head_dim)),) * num_layers,
+            "features": (tuple(range(self.head_dim)),) * len(self.layers_L),
             "units": tuple(map(_falling, self.units_LxF)),
         }
 

@@ -17,8 +17,8 @@ from lmboost.errors import UserError, one_of
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 
-# What a model has besides its layers, and where that is in the parameters.
-PARTS = {"embedding": "embed", "positions": "position_embed", "final_norm": "final_norm", "head": "head"}
+# What a model has besides its layers: where that is in the parameters, and what the user calls it.
+PARTS = {"embed": "embedding", "position_embed": "positions", "final_norm": "final_norm", "head": "head"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,8 @@ class Inheritance:
           params: the parent's.
           random: a parameter tree of the child, from which the fresh parts come.
         """
-        kept = {name for part, name in PARTS.items() if part in self.fresh}
-        whole = {name: random[name] if name in kept else params[name] for name in random if name != "layers"}
-        return whole | {"layers": self._take_layers(params)}
+        rest = {name: (random if PARTS[name] in self.fresh else params)[name] for name in random if name != "layers"}
+        return rest | {"layers": self._take_layers(params)}
 
     def _take_layers(self, params: Mapping[str, Any]) -> Any:
         """The child's layers out of the parent's parameters, stacked as the child's segments are."""
@@ -59,11 +58,9 @@ class Inheritance:
 
     def report(self, params: Mapping[str, Any]) -> list[str]:
         """What became of each part of a parameter tree of the child, a line each."""
-        names = {name: part for part, name in PARTS.items()}
-        lines = [f"layers: of the parent's {ranges.write(self.layers)}"]
-        for name in sorted(set(params) - {"layers"}):
-            lines.append(f"{names[name]}: {'random' if names[name] in self.fresh else 'inherited'}")
-        return lines
+        parts = [PARTS[name] for name in sorted(set(params) - {"layers"})]
+        became = [f"{part}: {'random' if part in self.fresh else 'inherited'}" for part in parts]
+        return [f"layers: of the parent's {ranges.write(self.layers)}", *became]
 
 
 def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> Inheritance:
@@ -81,22 +78,23 @@ def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field
     return _plan(layers, parse_layers(layers, parent.num_layers, f"{field}layers"), fresh, parent, child, field)
 
 
-def plan_stack(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> Inheritance:
+def plan_stack(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig) -> Inheritance:
     """As `plan`, but with these layers over and over until the child has enough; empty is all of the parent's."""
     layers = layers or f"0-{parent.num_layers - 1}"
-    chosen = parse_layers(layers, parent.num_layers, f"{field}layers")
+    chosen = parse_layers(layers, parent.num_layers, "init.layers")
     if child.num_layers % len(chosen):
         raise UserError(
-            f"{field}layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
+            f"init.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
             "multiple of that: layers are stacked a whole number of times."
         )
-    return _plan(layers, chosen * (child.num_layers // len(chosen)), fresh, parent, child, field)
+    return _plan(layers, chosen * (child.num_layers // len(chosen)), fresh, parent, child, "init.")
 
 
 def _plan(
     layers: str, chosen: tuple[int, ...], fresh: str, parent: ModelConfig, child: ModelConfig, field: str
 ) -> Inheritance:
-    parts = frozenset(one_of(f"{field}fresh", part.strip(), PARTS) for part in fresh.split(",") if part.strip())
+    words = [word.strip() for word in fresh.split(",") if word.strip()]
+    parts = frozenset(one_of(f"{field}fresh", word, PARTS.values()) for word in words)
     there = {"positions": child.position == "learned", "final_norm": child.final_norm, "head": not child.tie_embeddings}
     if missing := sorted(part for part in parts if not there.get(part, True)):
         raise UserError(f"{field}fresh={fresh!r}: the model has no {missing[0]} of its own; leave it out.")

@@ -60,21 +60,16 @@ def child_config(parent: ModelConfig, cut: Cut) -> ModelConfig:
 
 def extract(parent: ModelConfig, params: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
     """The parameters of `child_config(parent, cut)`: copies of the parent's."""
-    child, width = child_config(parent, cut), np.array(cut.width, np.int32)
-    stacks = []
-    for start, stop, _ in child.segments():
-        stacks.append(
-            slots.gather_layers(parent, params["layers"], width, _layer_slots(parent, cut.layers[start:stop]))
-        )
+    width = np.array(cut.width, np.int32)
+    runs = [_layer_slots(parent, cut.layers[start:stop]) for start, stop, _ in child_config(parent, cut).segments()]
+    stacks = [slots.gather_layers(parent, params["layers"], width, run) for run in runs]
     return slots.gather_rest(params, width) | {"layers": transformer.join_layers(stacks)}
 
 
 def _layer_slots(parent: ModelConfig, layers: Sequence[LayerCut]) -> slots.LayerSlots:
     """Every slot filled, for layers of equal sizes."""
-    heads = [query_heads(parent, layer) for layer in layers]
-    columns = [[x.layer for x in layers], [x.groups for x in layers], heads]
-    columns += [[x.features for x in layers], [x.units for x in layers]]
-    return slots.LayerSlots(*(np.array(column, np.int32) for column in columns))
+    rows = [layer._replace(heads=query_heads(parent, layer)) for layer in layers]
+    return slots.LayerSlots(*(np.array(column, np.int32) for column in zip(*rows, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +101,7 @@ class FirstEntries:
         return lines
 
 
-def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> FirstEntries:
+def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig) -> FirstEntries:
     """The cut of the first entries of everything; the child's config says how many are kept.
 
     Args:
@@ -115,15 +110,15 @@ def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field
     Raises a UserError where the child is larger than the parent, or differs in more than sizes.
     """
     if fresh:
-        raise UserError(f"{field}fresh={fresh!r}: with {field}kind='subnet' all comes from the parent; leave it empty.")
-    chosen = inherit.parse_layers(layers, parent.num_layers, f"{field}layers") if layers else None
+        raise UserError(f"init.fresh={fresh!r}: with init.kind='subnet' all comes from the parent; leave it empty.")
+    chosen = inherit.parse_layers(layers, parent.num_layers, "init.layers") if layers else None
     if chosen and len(chosen) != child.num_layers:
         raise UserError(
-            f"{field}layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers}: set it to "
+            f"init.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers}: set it to "
             "the number of layers that are taken."
         )
     cut = first_entries(parent, child, chosen)
-    inherit.check_models(child_config(parent, cut), child, field)
+    inherit.check_models(child_config(parent, cut), child, "init.")
     return FirstEntries(parent, cut)
 
 
@@ -138,20 +133,18 @@ def whole(parent: ModelConfig) -> Cut:
     return first_entries(parent, parent, tuple(range(parent.num_layers)))
 
 
-def first_entries(
-    parent: ModelConfig, child: ModelConfig, layers: Sequence[int] | None = None, field: str = "model"
-) -> Cut:
+def first_entries(parent: ModelConfig, child: ModelConfig, layers: Sequence[int] | None = None) -> Cut:
     """The cut that makes `child` from the first entries of every dimension.
 
     layers: the parent's, one for each of the child's; None is the first ones.
 
     Raises a UserError where the child is larger than the parent in anything.
     """
-    child.validate(field)
+    child.validate()
     layers = range(child.num_layers) if layers is None else layers
     if len(layers) != child.num_layers:
         raise UserError(
-            f"{field}.num_layers={child.num_layers}, but the layers {list(layers)} are {len(layers)}: name one layer "
+            f"model.num_layers={child.num_layers}, but the layers {list(layers)} are {len(layers)}: name one layer "
             "of the parent for each of the cut."
         )
     ratio = parent.num_heads // parent.num_kv_heads
@@ -160,14 +153,14 @@ def first_entries(
     for name, limit in limits.items():
         if getattr(child, name) > limit:
             raise UserError(
-                f"{field}.{name}={getattr(child, name)}, but the parent has {limit}: a cut is no larger than its "
+                f"model.{name}={getattr(child, name)}, but the parent has {limit}: a cut is no larger than its "
                 "parent in anything."
             )
     made = []
     for layer, (heads, groups, features, units) in zip(layers, child.sizes, strict=True):
         if heads // groups > ratio:
             raise UserError(
-                f"{field}.num_heads={heads} with {field}.num_kv_heads={groups} is {heads // groups} query heads for "
+                f"model.num_heads={heads} with model.num_kv_heads={groups} is {heads // groups} query heads for "
                 f"each key/value head, but the parent has {ratio}: keep at most as many."
             )
         each = (tuple(range(heads // groups)),) * groups

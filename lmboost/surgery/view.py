@@ -88,7 +88,9 @@ def place(parent: ModelConfig, hull: ModelConfig, cut: Cut) -> View:
 def place_layers(parent: ModelConfig, hull: ModelConfig, layers: Sequence[LayerCut]) -> tuple[slots.LayerSlots, Scales]:
     """Slots and factors of the hull's layers, as numpy arrays; those beyond `layers` are empty."""
     placed = [_place_layer(parent, hull, layer) for layer in layers]
-    placed += [_empty_layer(hull)] * (hull.num_layers - len(layers))
+    sizes = (hull.num_kv_heads, hull.num_heads, hull.head_dim, hull.mlp_dim)
+    empty = slots.LayerSlots(np.int32(slots.EMPTY), *(np.full(n, slots.EMPTY, np.int32) for n in sizes))
+    placed += [(empty, Scales(1.0, 1.0, 1.0, 1.0))] * (hull.num_layers - len(layers))
     held, scales = zip(*placed, strict=True)
     return (
         slots.LayerSlots(*map(np.stack, zip(*held, strict=True))),
@@ -124,11 +126,6 @@ def layer_scales(hull: ModelConfig, heads: int, groups: int, features: int) -> S
     q = head * (hull.num_heads / heads) ** 0.5
     k = head * (hull.num_kv_heads / groups) ** 0.5
     return Scales(q, k, head / q, 1 / k)
-
-
-def _empty_layer(hull: ModelConfig) -> tuple[slots.LayerSlots, Scales]:
-    sizes = (hull.num_kv_heads, hull.num_heads, hull.head_dim, hull.mlp_dim)
-    return slots.LayerSlots(np.int32(slots.EMPTY), *(_fill((), (), n, "") for n in sizes)), Scales(1.0, 1.0, 1.0, 1.0)
 
 
 def _fill(entries: Sequence[int], places: Sequence[int], size: int, name: str) -> np.ndarray:
@@ -180,6 +177,15 @@ def apply(parent: ModelConfig, params: Mapping[str, Any], hull: ModelConfig, vie
             x = x - kept_D * (x.sum(-1, keepdims=True) / kept_D.sum())
         return x * s
 
+    def rescaled(keys, x):
+        name = sharding.path_name(keys)
+        inputs, outputs = axes.sides(f"layers/{name}")
+        if outputs == ("embed",):
+            return written(x)
+        if parent.norm_placement == "pre":
+            return x / s if name in ("attn_norm/scale", "mlp_norm/scale") else x
+        return x / s if inputs == ("embed",) else x
+
     out = slots.gather_rest(params, view.width)
     out["head"] = out["head"] if "head" in out else out["embed"]["embedding"].T
     for name in ("embed", "position_embed"):
@@ -191,20 +197,7 @@ def apply(parent: ModelConfig, params: Mapping[str, Any], hull: ModelConfig, vie
         out["head"] = out["head"] / s
     layers = slots.gather_layers(parent, params["layers"], view.width, view.layers)
     layers = rescale_attention(layers, view.scales)
-    return out | {"layers": jax.tree_util.tree_map_with_path(_rescale_width(parent, written, s), layers)}
-
-
-def _rescale_width(parent: ModelConfig, written, s):
-    def leaf(keys, x):
-        name = sharding.path_name(keys)
-        inputs, outputs = axes.sides(f"layers/{name}")
-        if outputs == ("embed",):
-            return written(x)
-        if parent.norm_placement == "pre":
-            return x / s if name in ("attn_norm/scale", "mlp_norm/scale") else x
-        return x / s if inputs == ("embed",) else x
-
-    return leaf
+    return out | {"layers": jax.tree_util.tree_map_with_path(rescaled, layers)}
 
 
 def rescale_attention(layers: Mapping[str, Any], scales: Scales) -> dict[str, Any]:

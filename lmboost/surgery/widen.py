@@ -71,9 +71,8 @@ def widen(config: ModelConfig, params: Mapping[str, Any], wide: ModelConfig) -> 
     width = np.arange(config.d_model, dtype=np.int32)
     stacks = []
     for segment, stack in transformer.split_layers(config, params["layers"]):
-        cut = subnet.whole(dataclasses.replace(segment.config, num_layers=segment.stop - segment.start))
-        held, scales = view.place_layers(
-            segment.config, dataclasses.replace(wide, num_layers=len(cut.layers)), cut.layers
-        )
-        stacks.append(view.rescale_attention(slots.gather_layers(segment.config, stack, width, held), scales))
+        own = dataclasses.replace(segment.config, num_layers=segment.stop - segment.start)
+        hull = dataclasses.replace(wide, num_layers=own.num_layers)
+        held, scales = view.place_layers(own, hull, subnet.whole(own).layers)
+        stacks.append(view.rescale_attention(slots.gather_layers(own, stack, width, held), scales))
     return {**params, "layers": jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)}

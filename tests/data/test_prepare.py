@@ -85,7 +85,7 @@ def test_content_depends_on_documents_and_arguments_only(tmp_path, prepared, cor
 
 def test_memory_bound_changes_nothing(tmp_path, prepared, corpus, arguments, monkeypatch):
     monkeypatch.setattr(prepare_lib, "_RUN_BYTES", 5_000)
-    monkeypatch.setattr(prepare_lib, "_BATCH_CHARS", 3_000)
+    monkeypatch.setattr(prepare_lib, "_BATCH_BYTES", 3_000)
     monkeypatch.setattr(prepare_lib.sources, "_UNIT_FILES", 17)
     quiet(tmp_path / "data", corpus, **arguments)
     assert content(tmp_path / "data") == content(prepared)
