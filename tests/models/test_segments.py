@@ -147,11 +147,19 @@ def layer_by_layer(config, params, taps, tokens, segment_ids, positions):
 @some("llama", "pythia", "full qk norm", "by layer", "post norm")
 def test_it_is_its_layers_one_after_the_other(config):
     """The last state, every captured one, and both with taps on every state."""
-    params, data = params_of(config), batch()
-    for taps in ({}, {state: lambda x, state=state: x * (1 + 0.1 * state) + 0.1 for state in STATES}):
+    data = batch()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(tapped, params):
+        taps = {state: lambda x, state=state: x * (1 + 0.1 * state) + 0.1 for state in STATES} if tapped else {}
         expected = layer_by_layer(config, params, taps, *data)
-        trees_close(expected, transformer.apply(config, params, *data, capture=STATES, taps=taps))
-        trees_close(expected[0], transformer.apply(config, params, *data, taps=taps)[0])
+        captured = transformer.apply(config, params, *data, capture=STATES, taps=taps)
+        return expected, captured, transformer.apply(config, params, *data, taps=taps)[0]
+
+    for tapped in (False, True):
+        expected, captured, last = run(tapped, params_of(config))
+        trees_close(expected, captured)
+        trees_close(expected[0], last)
 
 
 def without_zeros(equal, kept):
