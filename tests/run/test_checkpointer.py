@@ -1,7 +1,7 @@
 """Checkpoints that were harmed, and saves that fail: what is used instead, what is said, what is never lost."""
 
-import json
 import itertools
+import json
 import random
 import shutil
 
