@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-# Code is compiled as cheaply as it can be, and not optimised: compiling would take most of the tests' time, running
-# takes little of it. Programs are those of any other day up to the last passes.
+# Machine code that is made quickly and runs slowly: making it would take most of the tests' time, running it takes
+# little. The programs are the same up to the compiler's last passes.
 CHEAP = (
     "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_parallel_codegen_split_count=1",
