@@ -8,10 +8,11 @@ import shutil
 import jax
 import pytest
 
-from lmboost import config, optimizers, plan, sharding, train
+from lmboost import config, optimizers, plan, sharding
 from lmboost.errors import UserError
 from lmboost.run import checkpointer
 from lmboost.run.checkpointer import Checkpointer
+from lmboost.train_step import init_state
 from tests import runs
 from tests.compare import assert_same
 
@@ -35,9 +36,8 @@ def reader(recipe, data, trained):
     c, _ = config.load([f"--config={recipe}", data, "--workdir=unused"])
     run = plan.make(c, "unused", jax.default_backend(), jax.device_count())
     mesh = sharding.make_mesh()
-    like = jax.eval_shape(
-        lambda: train._fresh_state(run, optimizers.make_optimizer(c.optimizer, c.steps, train._shapes(run))[0])
-    )
+    tx, _ = optimizers.make_optimizer(c.optimizer, c.steps, jax.eval_shape(run.init_params))
+    like = jax.eval_shape(lambda: init_state(run.init_params(), tx))
     places = sharding.tree_sharding(like, mesh)
 
     def restore(workdir):
