@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from typing import Any
 
@@ -68,11 +68,12 @@ class Run:
         if not self.manifest_path.exists():
             return None
         try:
-            return dict(json.loads(self.manifest_path.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise UserError(
-                f"{self.manifest_path} is not a manifest: expected a JSON object. Was it edited by hand?"
-            ) from error
+            found = json.loads(self.manifest_path.read_bytes())
+        except ValueError:  # of UTF-8, too
+            found = None
+        if not isinstance(found, dict):
+            raise UserError(f"{self.manifest_path} is not a manifest: expected a JSON object. Was it edited by hand?")
+        return found
 
 
 def find(path: str, step: int = -1, field: str = "path") -> epath.Path:
@@ -295,8 +296,7 @@ def restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) ->
 def _damaged(path: epath.Path, error: Exception) -> Damaged:
     while inner := error.__cause__ or error.__context__:  # the innermost says which file
         error = inner
-    cause = str(error).strip().split("\n")[0][:300]
-    return Damaged(f"{path} cannot be read ({type(error).__name__}: {cause}): the checkpoint is damaged.")
+    return Damaged(f"{path} cannot be read ({places.brief(error)}): the checkpoint is damaged.")
 
 
 def _check_same(directory: epath.Path, found: Any, wanted: Any) -> None:
@@ -331,7 +331,6 @@ def fingerprint(params: Any) -> str:
     Bits are reduced on the devices by wrapping integer sums, plain and weighted by place, which no order
     of summation changes.
     """
-
     shapes = [(name, tuple(x.shape), str(x.dtype)) for name, x in _named(params)]
     mesh = next((x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)), None)
     numbers = [int(n) for n in jax.tree.leaves(jax.device_get(_sums_of_bits(mesh)(params)))]
@@ -354,7 +353,7 @@ def _sums_of_bits(mesh: Mesh | None) -> Callable[[Any], Any]:
 PACKAGES = ("lmboost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Installed versions; "source" for a package that runs from a checkout."""
+def versions() -> dict[str, str]:
+    """Installed versions of PACKAGES; "source" for a package that runs from a checkout."""
     installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
-    return {p: metadata.version(p) if p in installed else "source" for p in packages}
+    return {p: metadata.version(p) if p in installed else "source" for p in PACKAGES}

@@ -168,8 +168,8 @@ def model(config: ModelConfig | None = None, **changes) -> ConfigDict:
 
 def shrink(c: ConfigDict) -> None:
     """Makes a recipe's run last seconds on a CPU; its model is the recipe's to shrink (presets.tiny)."""
-    c.steps, c.batch_size, c.seq_len, c.optimizer.warmup_steps = 8, 8, 64, 2
-    c.checkpoint.every, c.eval.every, c.eval.batches, c.log.every = 4, 4, 2, 1
+    c.update({"steps": 8, "batch_size": 8, "seq_len": 64, "optimizer": {"warmup_steps": 2}})
+    c.update({"checkpoint": {"every": 4}, "eval": {"every": 4, "batches": 2}, "log": {"every": 1}})
 
 
 DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}
@@ -201,7 +201,8 @@ def read(argv: Sequence[str], kind: type[Flags]) -> tuple[ConfigDict, Any]:
     Values take the type of the field's default. Raises a UserError on an unknown flag or field, naming the nearest
     known one, a value of another type, a flag that is missing, or a recipe that does not load.
     """
-    own, fields, overrides, rest = flags.FlagValues(), flags.FlagValues(), [], []
+    own, fields = flags.FlagValues(), flags.FlagValues()
+    overrides, rest = [], []
     for argument in argv:
         (overrides if argument.lstrip("-").startswith(("config.", "noconfig.")) else rest).append(argument)
     for field in dataclasses.fields(kind):
@@ -303,8 +304,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
     """
     a, b = flatten(base()) | {modern(name): value for name, value in flatten(old).items()}, flatten(new)
     names = [n for n in sorted({*a, *b}) if not any(n == f or n.startswith(f + ".") for f in FREE)]
-    missing = object()
-    return [f"{n}: {a.get(n, None)!r} -> {b.get(n, None)!r}" for n in names if a.get(n, missing) != b.get(n, missing)]
+    return [f"{n}: {a.get(n)!r} -> {b.get(n)!r}" for n in names if a.get(n) != b.get(n)]
 
 
 def variants(variant: str, known: Iterable[str]) -> set[str]:

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from lmboost import ranges, sharding, standalone
 from lmboost.checkpoint import Saved
-from lmboost.errors import UserError, exit_on_user_error, one_of
+from lmboost.errors import UserError, one_of, run_flags
 from lmboost.hf import reader, writer
 from lmboost.models import transformer
 from lmboost.models.model_config import DTYPES
@@ -42,17 +42,8 @@ def convert(
 ) -> None:
     """Writes the model `source`, or the one that some of its layers make, as `out`.
 
-    Each is a run or checkpoint, or "hf:DIR". A run can start from what is written (init.path).
-
-    Args:
-      dtype: of the parameters that are written.
-      step: of a run: which checkpoint; -1 is the last.
-      layers: of the source, counted from 0, as "0-5,8"; empty is the whole model.
-      fresh: with `layers`: parts that start at random, as "embedding,head".
-      seed: of the random parts, which are those of a run with this seed.
-      tokenizer: for `tokenizer.load`; empty is the one beside the model, or of the data that it was trained on.
-      max_shard_size: of a safetensors file, in GB.
-      report: receives lines that say what went where.
+    Each is a run or checkpoint, or "hf:DIR". A run can start from what is written (init.path). The arguments are the
+    flags of the verb, which say what they are; `report` receives lines that say what went where.
 
     Raises:
       UserError: bad arguments, a model that one of the two sides cannot express, layers that are not the source's, a
@@ -70,7 +61,8 @@ def convert(
         raise UserError(f"--max_shard_size={max_shard_size} must be above 0; it is in GB.")
     target = standalone.find_target(out)
     saved = Saved.find(source, step, "--source")
-    model, manifest, taken = saved.model, saved.manifest, None
+    model, manifest = saved.model, saved.manifest
+    taken = None
     if layers:
         model = inherit.of_layers(saved.model, inherit.parse_layers(layers, saved.model.num_layers, "--layers"))
         taken = inherit.plan(layers, fresh, saved.model, model, field="--")
@@ -123,16 +115,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", help=f"of the parameters: {' or '.join(DTYPES)} (%(default)s)")
     parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
     parser.add_argument("--layers", default="", help="that are taken, counted from 0, as 0-5,8; empty is all of it")
-    parser.add_argument(
-        "--fresh", default="", help=f"with --layers: parts that start at random, of {','.join(inherit.PARTS.values())}"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the parts that start at random")
+    parts = ",".join(inherit.PARTS.values())
+    parser.add_argument("--fresh", default="", help=f"with --layers: parts that start at random, of {parts}")
+    parser.add_argument("--seed", type=int, default=0, help="of the parts that start at random, as a run's seed is")
     parser.add_argument("--tokenizer", default="", help="empty: the model's own, beside it or in its data")
     parser.add_argument("--max_shard_size", type=float, default=5.0, help="GB in a safetensors file (%(default)s)")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
-    flags = vars(parser.parse_args())
-    show_traceback = flags.pop("traceback")
-    exit_on_user_error(lambda: convert(**flags), show_traceback)
+    run_flags(convert, parser)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Errors that the user can mend, how a verb ends on one, and what its exit status says to a launcher."""
 
+import argparse
 import difflib
 import math
 import os
@@ -67,6 +68,14 @@ def run_verb(main: Callable[[list[str]], None], doc: str) -> None:
     exit_on_user_error(lambda: main(argv), show_traceback="--traceback" in argv)
 
 
+def run_flags(main: Callable[..., None], parser: argparse.ArgumentParser) -> None:
+    """A verb whose flags `parser` knows: `main` of them by their names, ended as above. --traceback comes with it."""
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
+    flags = vars(parser.parse_args())
+    show_traceback = flags.pop("traceback")
+    exit_on_user_error(lambda: main(**flags), show_traceback)
+
+
 def exit_at_once(status: int) -> None:
     """Ends the process without the farewells of libraries, which would wait for other processes."""
     sys.stdout.flush()
@@ -77,9 +86,8 @@ def exit_at_once(status: int) -> None:
 def number(field: str, value: float, low: float = 0.0, below: float = math.inf) -> float:
     """Returns `value` if low <= value < below, else raises a UserError naming the field."""
     if not low <= value < below:  # false for NaN, too
-        expected = (
-            f"a finite number, at least {low:g}" if below == math.inf else f"at least {low:g} and below {below:g}"
-        )
+        least = f"at least {low:g}"
+        expected = f"a finite number, {least}" if below == math.inf else f"{least} and below {below:g}"
         raise UserError(f"{field}={value} is out of range: expected {expected}.")
     return float(value)
 

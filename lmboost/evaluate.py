@@ -10,8 +10,7 @@ import argparse
 import inspect
 import json
 import math
-import os
-import sys
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +20,7 @@ from jax.sharding import Mesh
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import loader
-from lmboost.errors import exit_on_user_error, one_of
+from lmboost.errors import one_of, run_flags
 from lmboost.models.model_config import DTYPES, ModelConfig
 from lmboost.train_step import make_eval_step
 
@@ -35,7 +34,8 @@ class Validation:
     def __init__(
         self, model: ModelConfig, spec: str, seq_len: int, batch_size: int, batches: int, mesh: Mesh, block_tokens: int
     ):
-        self._mesh, self._batch_size, self._batches = mesh, batch_size, None if batches == -1 else batches
+        self._mesh, self._batch_size = mesh, batch_size
+        self._batches = None if batches == -1 else batches
         self._data = loader.Loader(spec, "validation", seq_len, 0, *sharding.host_share(mesh))
         self._info = loader.info(spec, "validation")
         self._step = jax.jit(make_eval_step(model, block_tokens))
@@ -123,15 +123,24 @@ def evaluate_tasks(
         return harness.run_tasks(lm, names, include_path, num_fewshot, limit)
 
 
-def _report(values: dict[str, Any], of_tasks: bool) -> dict[str, Any]:
-    """Prints the numbers; returns what of them is written to a file."""
-    if not of_tasks:
-        print("\n".join(f"{name} {value:.6f}" for name, value in values.items()))
-        return values
-    from lmboost import harness
+def _run(out: str, **flags) -> None:
+    """The verb: prints the numbers, and writes them to the file `out`."""
+    file = pathlib.Path(out)
+    if out:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    verb = evaluate_tasks if flags["tasks"] else evaluate
+    values = verb(**{name: flags[name] for name in inspect.signature(verb).parameters})
+    if flags["tasks"]:
+        from lmboost import harness
 
-    print(harness.table(values))
-    return {name: values[name] for name in ("results", "groups", "versions", "n-shot", "n-samples") if name in values}
+        print(harness.table(values))
+        kept = ("results", "groups", "versions", "n-shot", "n-samples")
+        values = {name: values[name] for name in kept if name in values}
+    else:
+        print("\n".join(f"{name} {value:.6f}" for name, value in values.items()))
+    if out:
+        about = {name: flags[name] for name in ("checkpoint", "step")}
+        file.write_text(json.dumps(about | values, indent=1, default=str), encoding="utf-8")
 
 
 def main() -> None:
@@ -152,22 +161,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="", help="for tasks: of compute; empty is the model's own")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are spread")
     parser.add_argument("--tensor", type=int, default=1, help="devices over which heads and vocabulary are spread")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
-    flags = vars(parser.parse_args())
-    verb = evaluate_tasks if flags["tasks"] else evaluate
-
-    def run():
-        if out := flags["out"]:
-            os.makedirs(os.path.dirname(os.path.abspath(out)), exist_ok=True)
-        values = verb(**{name: flags[name] for name in inspect.signature(verb).parameters})
-        values = _report(values, of_tasks=bool(flags["tasks"]))
-        if out:
-            with open(out, "w", encoding="utf-8") as file:
-                about = {name: flags[name] for name in ("checkpoint", "step")}
-                json.dump(about | values, file, indent=1, default=str)
-
-    exit_on_user_error(run, flags["traceback"])
+    run_flags(_run, parser)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -12,7 +12,7 @@ Shape suffixes: B rows, P slots of the prompts, N slots for new tokens, S = P + 
 import argparse
 import dataclasses
 import functools
-import sys
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import tokenizer as tokenizers
-from lmboost.errors import UserError, exit_on_user_error, one_of
+from lmboost.errors import UserError, one_of, run_flags
 from lmboost.models import attention, transformer, vocabulary
 from lmboost.models.model_config import DTYPES, ModelConfig
 
@@ -54,7 +54,8 @@ def sample(logits_BxV: jax.Array, keys_Bx2: jax.Array, sampling: Sampling) -> ja
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     keys_B = jax.random.wrap_key_data(keys_Bx2, impl="threefry2x32")
-    logits, ids, vocab = logits_BxV / sampling.temperature, None, logits_BxV.shape[-1]
+    logits, vocab = logits_BxV / sampling.temperature, logits_BxV.shape[-1]
+    ids = None
     if sampling.top_k or sampling.top_p < 1:
         logits, ids = jax.lax.top_k(logits, min(sampling.top_k or vocab, vocab))
         p = jax.nn.softmax(logits)
@@ -144,17 +145,11 @@ def _pinned(state: State) -> State:
     Tokens are copied to every device: each host reads all of them.
     """
     rows, slots = ("batch", None), (None, "batch", None, "kv_heads", None)
-    cache = state.cache._replace(
-        **{n: sharding.constrain(getattr(state.cache, n), slots) for n in state.cache._fields[:2]}
-    )
-    return state._replace(
-        cache=cache,
-        segment_ids_BxS=sharding.constrain(state.segment_ids_BxS, rows),
-        lengths_Bx1=sharding.constrain(state.lengths_Bx1, rows),
-        keys_Bx2=sharding.constrain(state.keys_Bx2, rows),
-        tokens_BxN=sharding.constrain(state.tokens_BxN, (None, None)),
-        done_Bx1=sharding.constrain(state.done_Bx1, rows),
-    )
+    layouts = dict.fromkeys(("segment_ids_BxS", "lengths_Bx1", "keys_Bx2", "tokens_BxN", "done_Bx1"), rows)
+    layouts["tokens_BxN"] = (None, None)
+    cache = {name: sharding.constrain(getattr(state.cache, name), slots) for name in state.cache._fields[:2]}
+    pinned = {name: sharding.constrain(getattr(state, name), axes) for name, axes in layouts.items()}
+    return state._replace(cache=state.cache._replace(**cache), **pinned)
 
 
 def bucket(length: int, smallest: int = 32) -> int:
@@ -179,7 +174,8 @@ class Generator:
         self, model: ModelConfig, params, mesh: Mesh, vocab_size: int = 0, stop_ids: Sequence[int] = (), batch_size=16
     ):
         self._model = dataclasses.replace(model, attention="xla", remat="none")
-        self._params, self._mesh, self._stop_ids = params, mesh, tuple(stop_ids)
+        self._params, self._mesh = params, mesh
+        self._stop_ids = tuple(stop_ids)
         self._vocab_size = min(vocab_size or model.vocab_size, model.vocab_size)
         self._rows = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
 
@@ -311,6 +307,17 @@ def generate(
     ]
 
 
+def _print(prompt: Sequence[str], prompts: str, **flags) -> None:
+    """The verb: prints each prompt, those of the file `prompts` last, with its continuation."""
+    try:
+        texts = [*prompt, *(pathlib.Path(prompts).read_text("utf-8").splitlines() if prompts else ())]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={prompts!r} can't be read: {error}.") from error
+    if not texts:
+        raise UserError("--prompt is missing: give a prompt, or a file of prompts with --prompts.")
+    print(f"\n{'-' * 40}\n".join(generate(prompts=texts, **flags)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, or hf:DIR")
@@ -323,33 +330,14 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest tokens of this probability")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts")
     parser.add_argument("--tokenizer", default="", help="empty: the model's own, beside it or in its data")
-    parser.add_argument(
-        "--bos", default="auto", choices=("auto", "always", "never"), help="begin token before a prompt"
-    )
+    when = ("auto", "always", "never")
+    parser.add_argument("--bos", default="auto", choices=when, help="begin token before a prompt")
     parser.add_argument("--batch_size", type=int, default=16, help="prompts at a time")
     parser.add_argument("--dtype", default="", help="of compute; empty is the model's own")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are spread")
     parser.add_argument("--tensor", type=int, default=1, help="devices over which heads and vocabulary are spread")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
-    flags = vars(parser.parse_args())
-    show_traceback, prompts, path = flags.pop("traceback"), flags.pop("prompt"), flags.pop("prompts")
-
-    def run():
-        texts = prompts + (_read_prompts(path) if path else [])
-        if not texts:
-            raise UserError("--prompt is missing: give a prompt, or a file of prompts with --prompts.")
-        print(f"\n{'-' * 40}\n".join(generate(prompts=texts, **flags)))
-
-    exit_on_user_error(run, show_traceback)
-
-
-def _read_prompts(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts={path!r} can't be read: {error}.") from error
+    run_flags(_print, parser)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

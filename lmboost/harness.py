@@ -25,6 +25,7 @@ from lmboost.errors import UserError, nearest
 from lmboost.generate import Generator, Sampling, bucket
 from lmboost.models import attention, transformer, vocabulary
 from lmboost.models.model_config import ModelConfig
+from lmboost.places import brief
 
 # The harness estimates some errors by bootstrap, in processes that it forks: with jax running, these may hang.
 os.environ.setdefault("DISABLE_MULTIPROC", "1")
@@ -58,7 +59,7 @@ def _score(model: ModelConfig, block_tokens: int, params, rows: Mapping[str, jax
     rows: tokens [B, T], of which `lengths` [B, 1] count; targets [B, C] and the places [B, C] of the tokens that
     predict them. Of equal logits the first is the best.
     """
-    tokens_BxT, targets_BxC, lengths_Bx1 = rows["tokens"], rows["targets"], rows["lengths"]
+    tokens_BxT, lengths_Bx1 = rows["tokens"], rows["lengths"]
     places_1xT = jnp.arange(tokens_BxT.shape[1])[None]
     segment_ids_BxT = (places_1xT < lengths_Bx1).astype(jnp.int32)
     positions_BxT = jnp.clip(places_1xT, 0, jnp.maximum(lengths_Bx1 - 1, 0))
@@ -74,7 +75,7 @@ def _score(model: ModelConfig, block_tokens: int, params, rows: Mapping[str, jax
         return None, (label_logits - jax.nn.logsumexp(logits, axis=-1), ~jnp.any(better, axis=-1))
 
     head = vocabulary.Head(transformer.head(params), model.vocab_size).laid_out(h_BxCxD.dtype)
-    _, found = vocabulary.over_blocks(one_block, head, h_BxCxD, targets_BxC, block_tokens)
+    _, found = vocabulary.over_blocks(one_block, head, h_BxCxD, rows["targets"], block_tokens)
     return tuple(sharding.constrain(x, (None, None)) for x in found)
 
 
@@ -105,11 +106,12 @@ class LanguageModel(TemplateLM):
     ):
         super().__init__()
         self.params = params
-        self._model, self._mesh, self._coder, self._block_tokens = model, mesh, tokenizer, block_tokens
+        self._model, self._mesh = model, mesh
+        self._coder, self._block_tokens = tokenizer, block_tokens
         self._progress = progress and jax.process_index() == 0
         self._rows = -(-batch_size // sharding.batch_shards(mesh)) * sharding.batch_shards(mesh)
-        self._max_length = max_length or model.max_seq_len
-        model.check_positions(self._max_length, "--max_length")
+        self.max_length = max_length or model.max_seq_len
+        model.check_positions(self.max_length, "--max_length")
         first = [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None]
         if not first:
             raise UserError(f"the tokenizer in {tokenizer.path} has neither a begin nor an end token; tasks need one.")
@@ -123,18 +125,6 @@ class LanguageModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         return self._prefix
-
-    @property
-    def max_length(self) -> int:
-        return self._max_length
-
-    @property
-    def max_gen_toks(self) -> int:
-        return _GENERATED
-
-    @property
-    def batch_size(self) -> int:
-        return self._rows
 
     @property
     def tokenizer_name(self) -> str:
@@ -163,7 +153,7 @@ class LanguageModel(TemplateLM):
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         rows, owners = [], []
         for i, (text,) in enumerate(request.args for request in requests):
-            windows = get_rolling_token_windows(self.tok_encode(text), self._prefix, self._max_length, context_len=1)
+            windows = get_rolling_token_windows(self.tok_encode(text), self._prefix, self.max_length, context_len=1)
             for context, predicted in map(make_disjoint_window, windows):
                 rows.append(self._row(context, predicted))
                 owners.append(i)
@@ -197,10 +187,10 @@ class LanguageModel(TemplateLM):
 
     def _prompt(self, text: str, max_tokens: int) -> list[int]:
         """The end of a prompt that leaves room for `max_tokens` more."""
-        room = self._max_length - max_tokens
+        room = self.max_length - max_tokens
         if room < 1:
             raise UserError(
-                f"a task generates up to {max_tokens} tokens, but the model reads at most {self._max_length}: "
+                f"a task generates up to {max_tokens} tokens, but the model reads at most {self.max_length}: "
                 "lower max_gen_toks in the task's generation_kwargs, or raise --max_length."
             )
         return (self.tok_encode(text) or [self._prefix])[-room:]
@@ -211,12 +201,12 @@ class LanguageModel(TemplateLM):
 
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         """The end of the two that the model can read."""
-        if len(continuation) > self._max_length:
+        if len(continuation) > self.max_length:
             raise UserError(
                 f"a task asks for the probability of {len(continuation)} tokens, but the model reads at most "
-                f"{self._max_length}: leave the task out, or raise --max_length."
+                f"{self.max_length}: leave the task out, or raise --max_length."
             )
-        return Row((context + continuation)[-self._max_length - 1 : -1], continuation)
+        return Row((context + continuation)[-self.max_length - 1 : -1], continuation)
 
     def _score_rows(self, rows: list[Row]) -> list[tuple[float, bool]]:
         """(log-probability, is it the greedy choice) of each row's targets.
@@ -354,9 +344,8 @@ def in_training(lm: LanguageModel, names: Sequence[str], include: str = "") -> C
     try:
         getattr(manager, "load", manager.load_task_or_group)(manager.match_tasks(list(names)))
     except Exception as error:  # of the network, the hub, a YAML file, a data set's own code
-        cause = str(error).strip().split("\n")[0][:300]
         raise UserError(
-            f"eval.tasks={','.join(names)!r}: the data can't be read ({type(error).__name__}: {cause}). Read it once "
+            f"eval.tasks={','.join(names)!r}: the data can't be read ({brief(error)}). Read it once "
             "on a machine with a network, or leave the task out."
         ) from error
 

@@ -135,7 +135,8 @@ def _adafactor(params_shapes: Any) -> optax.GradientTransformation:
     matrices = _as_matrices(plain)
     # Mapped over the leading axis of every leaf; the counter, too, is one per layer.
     per_layer = optax.GradientTransformation(jax.vmap(matrices.init), jax.vmap(matrices.update))
-    return optax.partition({k: plain if k == "rest" else per_layer for k in set(jax.tree.leaves(labels))}, labels)
+    kinds = sorted(set(jax.tree.leaves(labels)))  # in one order: all processes must trace one program
+    return optax.partition({k: plain if k == "rest" else per_layer for k in kinds}, labels)
 
 
 def _as_matrices(inner: optax.GradientTransformation) -> optax.GradientTransformation:

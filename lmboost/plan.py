@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from lmboost import checkpoint, flops, sharding, start
 from lmboost import config as configs
-from lmboost.checkpoint import PACKAGES, versions
 from lmboost.data import loader
 from lmboost.data.rows import Rows, parse_ranges
 from lmboost.errors import UserError
@@ -147,7 +146,8 @@ def outline(config: ConfigDict, student: ModelConfig, teacher: Helper | None, sc
 def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[Helper | None, Helper | None]:
     """(teacher, scorer), as far as the helps of the objective need them; the scorer is the teacher if none is named."""
     active = frozenset().union(*(span.helps for span in terms.spans(config.objective, config.steps)))
-    needed, select, teacher = terms.needed(active), config.objective.select, None
+    needed, select = terms.needed(active), config.objective.select
+    teacher = None
     find = functools.partial(
         find_helper, helps=active, data=data, seq_len=config.seq_len, dtype=config.teacher.dtype, platform=platform
     )
@@ -240,7 +240,7 @@ def _manifest(config, student, train_data, validation_data, teacher, scorer) -> 
         },
         "teacher": helper(teacher),
         "scorer": helper(scorer),
-        "versions": {"python": sys.version.split()[0]} | versions(PACKAGES),
+        "versions": {"python": sys.version.split()[0]} | checkpoint.versions(),
         "command": [os.path.basename(sys.executable), *sys.argv],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

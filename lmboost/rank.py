@@ -7,7 +7,7 @@ How they are measured, and what they say about how many layers to inherit: surge
 
 import argparse
 import json
-import os
+import pathlib
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import loader
-from lmboost.errors import UserError, exit_on_user_error
+from lmboost.errors import UserError, run_flags
 from lmboost.surgery import attention_rank
 
 COLOURS = ("#0072B2", "#D55E00")
@@ -43,13 +43,13 @@ def write(checkpoint: str, out: str, data: str = "", step: int = -1, rows: int =
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         ranks = attention_rank.measure(model, saved.load(mesh), sequences(spec, rows, tokens))
-    os.makedirs(out, exist_ok=True)
-    with open(f"{out}/rank.json", "w") as file:
-        json.dump({"rank": ranks.rank.tolist(), "columns": ranks.columns.tolist(), "lazy": ranks.lazy}, file, indent=1)
+    directory = pathlib.Path(out)
+    directory.mkdir(parents=True, exist_ok=True)
+    numbers = {"rank": ranks.rank.tolist(), "columns": ranks.columns.tolist(), "lazy": ranks.lazy}
+    (directory / "rank.json").write_text(json.dumps(numbers, indent=1))
     text = table(ranks, rows, tokens)
-    with open(f"{out}/rank.md", "w") as file:
-        file.write(text)
-    plot(ranks, f"{out}/rank.png")
+    (directory / "rank.md").write_text(text)
+    plot(ranks, directory / "rank.png")
     print(text)
 
 
@@ -70,10 +70,9 @@ def sequences(spec: str, rows: int, tokens: int) -> np.ndarray:
 
 def table(ranks: attention_rank.Ranks, rows: int, tokens: int) -> str:
     """Markdown: a line for each layer, and how many layers to inherit."""
-    lines = [
-        f"Over {rows} sequences of {tokens} tokens; k* and m* hold {attention_rank.SHARE:.2f} of the squared norm."
-    ]
-    lines += ["", "| layer | MaxRank (largest k*) | mean k* | mean m* | |", "|--:|--:|--:|--:|:--|"]
+    share = f"{attention_rank.SHARE:.2f} of the squared norm"
+    lines = [f"Over {rows} sequences of {tokens} tokens; k* and m* hold {share}.", ""]
+    lines += ["| layer | MaxRank (largest k*) | mean k* | mean m* | |", "|--:|--:|--:|--:|:--|"]
     for layer, (k, m) in enumerate(zip(ranks.rank, ranks.columns, strict=True)):
         lazy = "lazy" if layer in ranks.lazy else ""
         lines.append(f"| {layer} | {k.max():.2f} | {k.mean():.2f} | {m.mean():.2f} | {lazy} |")
@@ -82,7 +81,7 @@ def table(ranks: attention_rank.Ranks, rows: int, tokens: int) -> str:
     return "\n".join(lines)
 
 
-def plot(ranks: attention_rank.Ranks, path: str) -> None:
+def plot(ranks: attention_rank.Ranks, path: pathlib.Path) -> None:
     """The largest and the mean k* of each layer."""
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
@@ -110,10 +109,7 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=-1, help="of a run: which checkpoint; -1 is the last")
     parser.add_argument("--rows", type=int, default=100, help="sequences that are averaged")
     parser.add_argument("--tokens", type=int, default=100, help="of a sequence")
-    parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
-    flags = vars(parser.parse_args())
-    show_traceback = flags.pop("traceback")
-    exit_on_user_error(lambda: write(**flags), show_traceback)
+    run_flags(write, parser)
 
 
 if __name__ == "__main__":

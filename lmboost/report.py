@@ -21,7 +21,7 @@ import rich.table
 from etils import epath
 
 from lmboost import checkpoint
-from lmboost.errors import UserError, exit_on_user_error
+from lmboost.errors import UserError, run_flags
 from lmboost.run import goodput, metrics, progress
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the baseline's tokens
@@ -71,10 +71,10 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
             "Give the --workdir of a run."
         ) from error
     lines = [by_step[s] for s in sorted(by_step) if "val_loss" in by_step[s] and "tokens" in by_step[s]]
-    if len(lines) < max(last, 1):
+    if len(lines) < last:
         raise UserError(
             f"{flag}={directory}: {len(lines)} evaluations with val_loss and tokens in {metrics.FILE}, "
-            f"expected at least {max(last, 1)}. Train with --config.eval.every above 0 and a validation split."
+            f"expected at least {last}. Train with --config.eval.every above 0 and a validation split."
         )
     column = lambda name: np.array([line.get(name, np.nan) for line in lines], np.float64)  # noqa: E731
     tail = {k: [line[k] for line in lines[-last:] if k in line] for k in FINAL_FIELDS}
@@ -86,7 +86,7 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
         steps=column("step"),
         final={k: float(np.mean(v)) if v else None for k, v in tail.items()},
         trained_tokens=max(line.get("tokens", 0.0) for line in by_step.values()),
-        fingerprint=_fingerprint(directory),
+        fingerprint=(checkpoint.Run(directory).manifest() or {}).get("data", {}).get("fingerprint"),
         time=goodput.read(directory),
     )
 
@@ -94,10 +94,6 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
 def name_of(directory: str) -> str:
     """The last part of a path, local or remote, also of "." and ".."."""
     return epath.Path(directory if "://" in directory else os.path.abspath(directory)).name
-
-
-def _fingerprint(directory: str) -> Any:
-    return (checkpoint.Run(directory).manifest() or {}).get("data", {}).get("fingerprint")
 
 
 def training_flops(directory: str) -> float:
@@ -128,8 +124,7 @@ def crossing(run: Run, target: float) -> Crossing | None:
 
 def loss_at(run: Run, tokens: float) -> float | None:
     """Validation loss after so many tokens, linearly between evaluations; None outside of them."""
-    value = np.interp(tokens, run.tokens, run.val_loss, left=np.nan, right=np.nan)
-    return _number(value)
+    return _number(np.interp(tokens, run.tokens, run.val_loss, left=np.nan, right=np.nan))
 
 
 def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = None) -> dict[str, Any]:
@@ -153,19 +148,14 @@ def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = Non
     def row(run: Run) -> dict[str, Any]:
         reached = crossing(run, target)
         flops = reached and reached.flops
-        with_helper = (
-            flops + helper_flops if flops is not None and helper_flops is not None and run is not baseline else None
-        )
+        helped = run is not baseline and None not in (flops, helper_flops)
+        with_helper = flops + helper_flops if helped else None
         return {
             "name": run.name,
             "trained_tokens": run.trained_tokens,
             "loss_at": {f"{f:g}": loss_at(run, f * total_tokens) for f in FRACTIONS},
             "final": run.final,
-            "total": {
-                "steps": _number(run.steps[-1]),
-                "tokens": float(run.tokens[-1]),
-                "flops": _number(run.flops[-1]),
-            },
+            "total": {"steps": float(run.steps[-1]), "tokens": float(run.tokens[-1]), "flops": _number(run.flops[-1])},
             "reached": reached is not None,
             "reached_by_first_evaluation": bool(reached and reached.first),
             "tokens_to_target": reached and reached.tokens,
@@ -176,12 +166,8 @@ def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = Non
             "flops_with_helper_fraction": _ratio(with_helper, total_flops),
         } | ({"goodput": _time(run.time)} if run.time else {})
 
-    return {
-        "target_loss": target,
-        "helper_flops": helper_flops,
-        "baseline": row(baseline),
-        "runs": [row(run) for run in runs],
-    }
+    about = {"target_loss": target, "helper_flops": helper_flops}
+    return about | {"baseline": row(baseline), "runs": [row(run) for run in runs]}
 
 
 def _time(spent: goodput.Goodput) -> dict[str, Any]:
@@ -206,8 +192,10 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     rows = [report["baseline"], *report["runs"]]
     losses = [["run", *(f"{float(f):.0%}" for f in report["baseline"]["loss_at"]), "final"]]
     costs = [["run", "tokens", "x", "FLOPs", "x"]]
-    helper = report["helper_flops"] is not None
-    costs[0] += ["with helper's training", "x"] if helper else []
+    spent = {"flops_to_target": "flops_fraction"}
+    if report["helper_flops"] is not None:
+        costs[0] += ["with helper's training", "x"]
+        spent["flops_with_helper"] = "flops_with_helper_fraction"
     for row in rows:
         name = _title(report, row)
         losses.append([name, *(_cell(v, "{:.4f}") for v in [*row["loss_at"].values(), row["final"]["val_loss"]])])
@@ -215,9 +203,8 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         tokens = row["tokens_to_target"]
         tokens = "-" if tokens is None else bound + progress.short(tokens)
         cells = [name, tokens, _cell(row["tokens_fraction"], bound + "{:.2f}")]
-        for what in ("flops", "flops_with_helper") if helper else ("flops",):
-            spent = row[what + "_to_target" if what == "flops" else what]
-            cells += [_cell(spent, bound + "{:.3g}"), _cell(row[f"{what}_fraction"], bound + "{:.2f}")]
+        for flops, multiple in spent.items():
+            cells += [_cell(row[flops], bound + "{:.3g}"), _cell(row[multiple], bound + "{:.2f}")]
         costs.append(cells)
     target = report["target_loss"]
     tables = [
@@ -230,14 +217,14 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
 def _time_table(report: dict[str, Any]) -> tuple[str, list[list[str]]]:
     """Where each run's time went. Runs of versions that did not write it down have -, idle kinds no line."""
     rows = [report["baseline"], *report["runs"]]
-    spent = [row["goodput"] for row in rows if "goodput" in row]
-    kinds = [k for k in TIMES if k == "step" or any(s["shares"][k] >= 0.0005 for s in spent)]
-    lines = [["of the wall clock", *(_title(report, row) for row in rows)]]
     times = [row.get("goodput") for row in rows]
-    for kind in kinds:
-        lines.append([TIMES[kind], *(f"{time['shares'][kind]:.1%}" if time else "-" for time in times)])
-    lines.append(["attempts", *(str(time["attempts"]) if time else "-" for time in times)])
-    lines.append(["hours", *(f"{time['wall_seconds'] / 3600:.2f}" if time else "-" for time in times)])
+    lines = [["of the wall clock", *(_title(report, row) for row in rows)]]
+    for kind, name in TIMES.items():
+        shares = [time and time["shares"][kind] for time in times]
+        if kind == "step" or any(share and share >= 0.0005 for share in shares):
+            lines.append([name, *(_cell(share, "{:.1%}") for share in shares)])
+    lines.append(["attempts", *(_cell(time and time["attempts"], "{}") for time in times)])
+    lines.append(["hours", *(_cell(time and time["wall_seconds"] / 3600, "{:.2f}") for time in times)])
     return "Where the time went", lines
 
 
@@ -253,10 +240,8 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
         f"The baseline's whole run: {progress.short(report['baseline']['total']['tokens'])} tokens"
         + (f", {flops:.3g} FLOPs." if (flops := report["baseline"]["total"]["flops"]) else "."),
     ]
-    if report["helper_flops"] is not None:
-        notes.append(
-            f"Training the helper cost {report['helper_flops']:.3g} FLOPs, added to every run but the baseline."
-        )
+    if (cost := report["helper_flops"]) is not None:
+        notes.append(f"Training the helper cost {cost:.3g} FLOPs, added to every run but the baseline.")
     rows = [report["baseline"], *report["runs"]]
     if any(row["goodput"]["attempts"] > 1 for row in rows if "goodput" in row):
         notes.append(
@@ -279,11 +264,11 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
     return notes
 
 
-def write(report: dict[str, Any], runs: Sequence[Run], out: str, last: int, console: rich.console.Console) -> None:
+def write(report: dict[str, Any], runs: Sequence[Run], out: str, last: int) -> None:
     """Prints the tables and writes report.json, report.md and report.png; `runs` begins with the baseline."""
     from lmboost import report_plot  # matplotlib is slow to load, and the table needs none
 
-    directory = epath.Path(out)
+    directory, console = epath.Path(out), rich.console.Console()
     directory.mkdir(parents=True, exist_ok=True)
     tables, notes = _tables(report), _notes(report, last)
     for title, (header, *rows) in tables:
@@ -318,35 +303,27 @@ def distinct(runs: Sequence[Run], directories: Sequence[str]) -> list[Run]:
     ]
 
 
-def main(arguments: argparse.Namespace) -> None:
-    if arguments.last < 1:
-        raise UserError(f"--last={arguments.last}: expected at least 1 evaluation to average.")
-    directories = [arguments.baseline, *arguments.run]
-    runs = [
-        load_run(d, arguments.last, flag)
-        for d, flag in zip(directories, ["--baseline"] + ["--run"] * len(arguments.run), strict=True)
-    ]
-    runs = distinct(runs, directories)
-    helper = sum(training_flops(d) for d in arguments.helper) if arguments.helper else None
-    write(compare(runs[0], runs[1:], helper), runs, arguments.out, arguments.last, rich.console.Console())
+def main(baseline: str, run: Sequence[str], helper: Sequence[str], out: str, last: int) -> None:
+    """The verb; its arguments are the flags of `flags`."""
+    if last < 1:
+        raise UserError(f"--last={last}: expected at least 1 evaluation to average.")
+    runs = [load_run(baseline, last, "--baseline"), *(load_run(directory, last) for directory in run)]
+    runs = distinct(runs, [baseline, *run])
+    cost = sum(map(training_flops, helper)) if helper else None
+    write(compare(runs[0], runs[1:], cost), runs, out, last)
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m lmboost.report", description=__doc__.split("\n\n")[0])
     parser.add_argument("--baseline", required=True, metavar="DIR", help="the run to compare with")
-    parser.add_argument(
-        "--run", action="append", required=True, metavar="DIR", help="a run to compare; may be repeated"
-    )
-    parser.add_argument(
-        "--helper", action="append", default=[], metavar="DIR",
-        help="run that trained the helper; its FLOPs are added to every --run in a column of its own; may be repeated",
-    )  # fmt: skip
+    runs = {"action": "append", "metavar": "DIR"}
+    parser.add_argument("--run", **runs, required=True, help="a run to compare; may be repeated")
+    helper = "run that trained the helper; its FLOPs are added to every --run in a column of its own; may be repeated"
+    parser.add_argument("--helper", **runs, default=[], help=helper)
     parser.add_argument("--out", required=True, metavar="DIR", help="where report.md, report.json and report.png go")
     parser.add_argument("--last", type=int, default=1, metavar="N", help="average the last N evaluations (default 1)")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
-    return parser.parse_args(argv)
+    return parser
 
 
 if __name__ == "__main__":
-    options = parse()
-    exit_on_user_error(lambda: main(options), options.traceback)
+    run_flags(main, flags())

@@ -11,6 +11,7 @@ BASELINE, INK = "#4d4d4d", "#333333"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 UNITS = ((1e12, " (trillions)"), (1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"))
 LINES = ("-", "--", "-.", ":")  # once the colours are used up
+ARROW = {"arrowstyle": "-", "lw": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}  # to a line's end
 
 
 def save(report: dict[str, Any], runs: Sequence[Any], file: BinaryIO) -> None:
@@ -65,30 +66,20 @@ def _label_ends(axes, labels: Sequence[tuple[float, float, str, str]]) -> None:
     """Names the lines right of the axes, at the height of their ends, moved apart where they would touch."""
     low, high = axes.get_ylim()
     gap = 0.105 * (high - low)  # two lines of text
-    order = sorted(range(len(labels)), key=lambda i: labels[i][1])
-    heights = np.clip([labels[i][1] for i in order], low, high)
-    placed = spread(heights, gap)
-    right = axes.get_xlim()[1]
-    for y, i in zip(placed, order, strict=True):
-        end_x, end_y, text, colour = labels[i]
+    rising = sorted(labels, key=lambda label: label[1])
+    ends = np.clip([height for _, height, _, _ in rising], low, high)
+    x = 1.035 * axes.get_xlim()[1]
+    for y, end_y, (end_x, _, text, colour) in zip(spread(ends, gap), ends, rising, strict=True):
         axes.annotate(
             text,
-            xy=(end_x, np.clip(end_y, low, high)),
-            xytext=(right * 1.035, y),
+            xy=(end_x, end_y),
+            xytext=(x, y),
             color=colour,
             fontsize=9,
             va="center",
             annotation_clip=False,
             parse_math=False,  # a $ in a name is a $
-            arrowprops={
-                "arrowstyle": "-",
-                "color": colour,
-                "lw": 0.6,
-                "alpha": 0.6,
-                "shrinkA": 1,
-                "shrinkB": 1,
-                "relpos": (0, 0.5),
-            },
+            arrowprops=ARROW | {"color": colour},
         )
 
 

@@ -22,6 +22,7 @@ import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from lmboost import checkpoint, evaluate, train
@@ -58,8 +59,7 @@ def grow(
         loss = train_round(config, layers, f"{workdir}/layers-{layers}", reference, last)
         say(f"{layers} layers: validation loss {loss:.4f}, to be met: {target:.4f}")
         rounds.append({"layers": layers, "val_loss": loss, "target": target})
-        with open(f"{workdir}/rounds.json", "w") as file:
-            json.dump(rounds, file, indent=1)
+        (epath.Path(workdir) / "rounds.json").write_text(json.dumps(rounds, indent=1))
         if loss <= target:
             break
     return layers
@@ -78,7 +78,7 @@ def train_round(config: ConfigDict, layers: int, workdir: str, reference: str, l
     """Trains one round, or what is left of it; returns its validation loss."""
     c = ConfigDict(config)
     c.model.num_layers = layers
-    c.init.path, c.init.kind, c.init.layers = reference, "inherit", f"0-{layers - 1}"
+    c.init.update(path=reference, kind="inherit", layers=f"0-{layers - 1}")
     train.train(c, workdir)
     losses = [line["val_loss"] for line in metrics.read(workdir) if line.get("val_loss") is not None]
     if len(losses) < last:

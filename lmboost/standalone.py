@@ -45,7 +45,6 @@ def write_checkpoint(
     directory: pathlib.Path, params: Any, manifest: dict[str, Any], tokenizer: tokenizers.Tokenizer | None
 ) -> None:
     """Makes `directory` a checkpoint of parameters and a manifest, with the tokenizer in it."""
-    about = {"versions": checkpoint.versions(checkpoint.PACKAGES), "command": sys.argv}
-    checkpoint.save_params(directory, params, manifest | about)
+    checkpoint.save_params(directory, params, manifest | {"versions": checkpoint.versions(), "command": sys.argv})
     if tokenizer:
         tokenizer_files.copy(tokenizer, directory / "tokenizer")

@@ -48,16 +48,13 @@ def from_init(
             f"{parent.model.vocab_size}: set it to that, or give another model."
         )
     if kind == "copy":
-        return parent.load(mesh, model=student), remarks(student, parent.model)
+        remarks = [  # on what the student computes otherwise, where the parameters fit
+            f"the student has {name}={getattr(student, name)!r}, the model it starts from "
+            f"{getattr(parent.model, name)!r}"
+            for name in student.differences(parent.model)
+        ]
+        return parent.load(mesh, model=student), remarks
     taken = KINDS[kind](layers, fresh, parent.model, student)
     params = parent.load(mesh, model=dataclasses.replace(parent.model, vocab_multiple=student.vocab_multiple))
     places = jax.tree.map(lambda x: x.sharding, random)
     return jax.jit(taken, out_shardings=places)(params, random), taken.report(random)
-
-
-def remarks(student: ModelConfig, parent: ModelConfig) -> list[str]:
-    """What the student computes otherwise than the model that it starts from, where their parameters fit."""
-    return [
-        f"the student has {name}={getattr(student, name)!r}, the model it starts from {getattr(parent, name)!r}"
-        for name in student.differences(parent)
-    ]

@@ -26,7 +26,7 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import absl.logging
@@ -34,7 +34,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher  # fmt: skip
+from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher
 from lmboost.data import loader, tokenizer
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
 from lmboost.run import goodput, guard, lock, processes
@@ -127,7 +127,10 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if preempted.reached(step):
                 if step > first:
                     save_at(step, checkpointer.finish)
-                raise _stop(step, checkpointer.finished_steps())
+                steps = checkpoint.Run(workdir).steps()
+                saved = f"saved: step {steps[-1]}" if steps else "nothing to save yet"
+                goes_on = "The same command goes on from there."
+                raise Stop(f"stopped before step {step} as asked; {saved}. {goes_on}", EXIT_PREEMPTED)
             span = run.span(step)
             fresh = step_fn is None or step == span.first
             if fresh:
@@ -157,15 +160,6 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
     return state
 
 
-def _stop(step: int, saved: Sequence[int]) -> Stop:
-    """What ends a process that was asked to stop."""
-    return Stop(
-        f"stopped before step {step} as asked; {f'saved: step {saved[-1]}' if saved else 'nothing to save yet'}. "
-        "The same command goes on from there.",
-        EXIT_PREEMPTED,
-    )
-
-
 def _tasks(c: ConfigDict, run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
     """What the lm-evaluation-harness finds out about parameters; texts are read in rows of the run's length."""
     from lmboost import harness  # needs a package that is not always there
@@ -186,10 +180,9 @@ def _start(
     fresh = lambda: init_state(run.init_params(), tx)  # noqa: E731
     like = jax.eval_shape(fresh)
     shardings = sharding.tree_sharding(like, mesh)
-    resume, init = c.resume.path, c.init.path
     found, origin = checkpointer.restore(like, shardings), "own checkpoint"
-    if not found and resume:
-        directory, origin = checkpoint.find(resume, c.resume.step, "resume.path"), "resume.path"
+    if not found and c.resume.path:
+        directory, origin = checkpoint.find(c.resume.path, c.resume.step, "resume.path"), "resume.path"
         state, position = restore_state(directory, like, shardings)
         check_fingerprints(directory, state, position)
         found = state, position, position["step"]
@@ -202,8 +195,8 @@ def _start(
         say(f"start: {origin}, step {step}")
         return state, step, evaluated
     state = jax.jit(fresh, out_shardings=shardings)()
-    if init:
-        parent = checkpoint.Saved.find(init, c.init.step, "init.path")
+    if c.init.path:
+        parent = checkpoint.Saved.find(c.init.path, c.init.step, "init.path")
         params, remarks = start.from_init(
             parent, c.init.kind, c.init.layers, c.init.fresh, run.student, run.train_data, state.params["model"], mesh
         )

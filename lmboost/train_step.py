@@ -156,7 +156,8 @@ def _teacher_states(program: Program, params, batch: Batch) -> tuple[jax.Array |
 
 def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], batch: Batch, step):
     """(sum over tokens to differentiate, what is gathered)."""
-    student, objective, weights = program.student, program.objective, batch["weights"]
+    student, objective = program.student, program.objective
+    weights = batch["weights"]
     h_teacher, guides = _teacher_states(program, helpers.get("teacher"), batch)
     maps, taps = params.get("align", {}), {}
     for s, target in guides.items():
@@ -223,11 +224,7 @@ def _update(state: TrainState, grads, finite, tx: optax.GradientTransformation) 
 def _metrics(program: Program, step, gathered: _Gathered, probes: Mapping[str, jax.Array]) -> Metrics:
     """(sum, count) of the terms, in nats per token, and of the helps' weights."""
     (sums, align_sum), weights = gathered, program.objective.weights
-    metrics = {
-        "loss": (sums.loss, sums.count),
-        "ce": (sums.ce, sums.count),
-        "predicted_tokens": _one(sums.count),
-    }
+    metrics = {"loss": (sums.loss, sums.count), "ce": (sums.ce, sums.count), "predicted_tokens": _one(sums.count)}
     if "kd" in program.helps:
         metrics["kd"] = (sums.kd, sums.count)
         metrics["kd_weight"] = _one(weights["kd"](step))
@@ -258,7 +255,8 @@ def _split_rows(x: jax.Array, parts: int) -> jax.Array:
 
 def _select(program: Program, params, candidates: Batch) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
     """The batch of the best candidates; rows beyond the kept fraction have weight 0. Also (kept, candidates)."""
-    objective, selection, scorer = program.objective, program.objective.select, program.scorer
+    objective, scorer = program.objective, program.scorer
+    selection = objective.select
     rows = candidates["tokens"].shape[0]
     batch_size, parts = rows // selection.candidates, selection.candidates * program.accumulation
     head = Head(transformer.head(params), scorer.vocab_size)

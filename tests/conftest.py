@@ -1,6 +1,8 @@
 """Tests run on eight CPU devices, unless the environment says otherwise; equal programs are compiled once."""
 
 import atexit
+import importlib.util
+import mmap
 import os
 import pathlib
 import shutil
@@ -9,10 +11,25 @@ import time
 
 import pytest
 
-# jax reads these when it is imported, so what imports it is imported in the fixtures. Processes that tests start get
-# them, too. Machine code is not optimised: compiling it would take most of the tests' time, running it takes little.
+# Machine code that is made quickly and runs slowly: making it would take most of the tests' time, running it takes
+# little. The programs are the same up to the compiler's last passes.
+CHEAP = (
+    "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)  # fmt: skip
+
+
+def known(flags):
+    """The flags that the installed jaxlib knows; it would abort on others, which come and go."""
+    (library,) = pathlib.Path(*importlib.util.find_spec("jaxlib").submodule_search_locations).glob("libjax_common*")
+    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return [flag for flag in flags if content.find(flag[2:].partition("=")[0].encode()) >= 0]
+
+
+# jax reads these when it is imported, so what imports it is imported in the fixtures; so do processes of tests.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = " ".join(["--xla_force_host_platform_device_count=8", *known(CHEAP)])
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="lmboost-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"

@@ -90,8 +90,8 @@ def launch(
 def start(recipe: str, workdir, *overrides: str, file_limit_kb: int = 0) -> subprocess.Popen:
     """The train verb in a process of its own, in its own process group; no file may grow beyond the limit."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    if file_limit_kb:  # is not for the cache of compiled programs
-        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    if file_limit_kb:  # is not for the cache of compiled programs, which is read only
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1000000"
     limit = ["bash", "-c", f'ulimit -f {file_limit_kb}; exec "$@"', "--"] if file_limit_kb else []
     return subprocess.Popen(
         [*limit, *command(recipe, workdir, *overrides)], env=environment, cwd=ROOT,

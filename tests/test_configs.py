@@ -15,7 +15,7 @@ from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.search.space import Orders, Space
-from lmboost.surgery import subnet
+from tests.search.promises import check_cut
 
 # Trained without help, and "nokd", whose only help is the start that the search gives it.
 ALONE = ("plain", "teacher", "reference", "scratch", "double", "shallow", "half_width", "parent", "nokd")
@@ -27,13 +27,7 @@ def module(path):
     return config.load_module(str(path))
 
 
-def variants_of(path):
-    arms = ["", *(v for v in module(path).VARIANTS if v != "tiny")]
-    return arms + [f"{arm},tiny" for arm in arms]
-
-
-CASES = [(path, variant) for path in RECIPES for variant in variants_of(path)]
-IDS = [f"{path.stem}:{variant}" for path, variant in CASES]
+ARMS = [(path, arm) for path in RECIPES for arm in ("", *module(path).VARIANTS) if arm != "tiny"]
 SIZES = ("num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim")
 SUBNETS = [
     (path, sizes)
@@ -61,31 +55,40 @@ def trace(model: ModelConfig, rows: int, tokens: int):
     return params, h, grads
 
 
-@pytest.mark.parametrize(("path", "variant"), CASES, ids=IDS)
-def test_recipe_builds_and_its_model_traces(path, variant):
-    c = module(path).get_config(variant)
-    model = model_of(c)
-    params, h, grads = trace(model, min(c.batch_size, 8), c.seq_len)
-    assert h.shape == (min(c.batch_size, 8), c.seq_len, model.d_model) and h.dtype == model.dtype
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), grads)
+def program(c):
+    """A model's switches: models of one recipe that have the same ones differ in sizes alone."""
+    return {name: value for name, value in c.model.items() if name not in SIZES}
 
 
-@pytest.mark.parametrize(("path", "variant"), CASES, ids=IDS)
-def test_recipe_only_leaves_open_what_the_command_line_gives(path, variant):
-    c = module(path).get_config(variant)
-    flat = config.flatten(c)
-    assert c.teacher.path == "" and c.data.train == ""
-    assert c.init.path == "" and c.resume.path == ""
-    helped = c.objective.kd.weight > 0 or c.objective.align.weight > 0 or c.init.kind != "copy"
-    assert helped != bool({*variant.split(",")} & {*ALONE})
-    assert c.is_locked and {*flat} == {*config.flatten(config.base())}
-    assert c.optimizer.warmup_steps < c.steps
-    if variant.endswith("tiny"):
-        assert c.steps <= 10 and c.batch_size == 8 and c.seq_len == 64
-        assert c.model.num_layers <= 4 and c.model.d_model <= 64 and c.model.vocab_size <= 300
-        full = module(path).get_config(variant.removesuffix("tiny").rstrip(","))
-        assert full.objective.kd == c.objective.kd and full.objective.align == c.objective.align
-        assert all(full.model[s] == c.model[s] for s in ("norm", "mlp", "position", "tie_embeddings", "remat"))
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_full_size_models_trace(path):
+    """The recipe's own, and those of the arms that differ from it in more than sizes."""
+    found = [module(path).get_config("")]
+    for arm in module(path).VARIANTS:
+        if arm != "tiny" and program(c := module(path).get_config(arm)) not in map(program, found):
+            found.append(c)
+    for c in found:
+        model, rows = model_of(c), min(c.batch_size, 8)
+        params, h, grads = trace(model, rows, c.seq_len)
+        assert h.shape == (rows, c.seq_len, model.d_model) and h.dtype == model.dtype
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(lambda x: (x.shape, x.dtype), grads)
+
+
+@pytest.mark.parametrize(("path", "arm"), ARMS, ids=[f"{path.stem}:{arm}" for path, arm in ARMS])
+def test_recipe_only_leaves_open_what_the_command_line_gives(path, arm):
+    full, tiny = module(path).get_config(arm), module(path).get_config(f"{arm},tiny")
+    for c in (full, tiny):
+        model_of(c)
+        assert c.teacher.path == "" and c.data.train == ""
+        assert c.init.path == "" and c.resume.path == ""
+        helped = c.objective.kd.weight > 0 or c.objective.align.weight > 0 or c.init.kind != "copy"
+        assert helped != bool({*arm.split(",")} & {*ALONE})
+        assert c.is_locked and {*config.flatten(c)} == {*config.flatten(config.base())}
+        assert c.optimizer.warmup_steps < c.steps
+    assert tiny.steps <= 10 and tiny.batch_size == 8 and tiny.seq_len == 64
+    assert tiny.model.num_layers <= 4 and tiny.model.d_model <= 64 and tiny.model.vocab_size <= 300
+    assert full.objective.kd == tiny.objective.kd and full.objective.align == tiny.objective.align
+    assert all(full.model[s] == tiny.model[s] for s in ("norm", "mlp", "position", "tie_embeddings", "remat"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -107,8 +110,8 @@ def test_docstring_shows_commands_that_parse(path, monkeypatch, tmp_path):
     assert all(re.search(rf"\b{v}\b", text) for v in module(path).VARIANTS), "every variant is described"
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_unknown_variant_names_the_known(path):
+def test_unknown_variant_names_the_known():
+    path = RECIPES[0]
     first, second = module(path).VARIANTS[:2]
     wrong = first.replace(first[1:3], first[2:0:-1], 1)
     with pytest.raises(
@@ -126,7 +129,7 @@ def test_a_search_finds_cuts_of_the_plain_models_size(path, sizes):
     parent, rng = module(path).parent(sizes), np.random.default_rng(0)
     space = Space.from_config(cut.search, parent, Orders.natural(parent))
     for found in (space.sample(rng), space.sample(rng)):
-        assert space.low <= subnet.child_config(parent, found).num_params() <= space.high
+        check_cut(space, found)
     for model in map(model_of, (plain, cut)):
         assert space.low <= model.num_params() <= space.high
     own = {"layers": model.num_layers, "group_heads": model.num_heads // model.num_kv_heads}

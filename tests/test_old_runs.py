@@ -64,7 +64,7 @@ def test_a_helped_run_goes_on_to_the_same_end(expected, capsys):
     last = {name: [line[name] for line in after if line.get(name) is not None][-1] for name in ("loss", "val_loss")}
     np.testing.assert_allclose(*([x[name] for name in last] for x in (last, expected["helped"])), rtol=1e-4)
     assert goodput.read("helped").attempts == 2
-    report.main(report.parse(["--baseline=teacher", "--run=helped", "--helper=teacher", "--out=report"]))
+    report.main("teacher", ["helped"], ["teacher"], "report", last=1)
     (told,) = json.loads(pathlib.Path("report/report.json").read_text())["runs"]
     assert told["final"]["val_loss"] == last["val_loss"] and told["total"]["steps"] == 12
 

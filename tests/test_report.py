@@ -33,8 +33,7 @@ def save(directory, losses, every=100, flops_per_token=10.0, fingerprint=None, e
 
 
 def run_main(tmp_path, *flags):
-    options = report.parse([*flags, f"--out={tmp_path / 'out'}"])
-    report.main(options)
+    report.main(**vars(report.flags().parse_args([*flags, f"--out={tmp_path / 'out'}"])))
     return json.loads((tmp_path / "out" / "report.json").read_text())
 
 

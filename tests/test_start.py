@@ -125,7 +125,7 @@ def test_layers_in_another_dtype_with_a_part_at_random(tmp_path):
     convert.convert(f"hf:{tmp_path / 'hub'}", out, **some, report=lambda _: None)
     saved = checkpoint.Saved.find(out)
     stored = checkpoint.tree_metadata(saved.directory, "params")
-    assert {x.dtype for x in jax.tree.leaves(stored)} == {jax.numpy.bfloat16}
+    assert {str(x.dtype) for x in jax.tree.leaves(stored)} == {"bfloat16"}
     child = jax.device_get(saved.load(hub.one_device(), "bfloat16"))
     assert_same(child["layers"], jax.tree.map(lambda x: np.asarray(x[1:2], "bfloat16"), params["layers"]))
     assert np.abs(child["head"] - np.asarray(params["head"], "bfloat16")).max() > 1e-3

@@ -19,6 +19,7 @@ unsharded, or that add up gradients in less than float32. Needs libtpu (pip inst
 
 import dataclasses
 import json
+import pathlib
 from collections.abc import Sequence
 from importlib import metadata
 
@@ -86,8 +87,7 @@ def main(argv: Sequence[str]) -> None:
         print(show(phase), flush=True)
         report["phases"].append(phase)
     if flags.out:
-        with open(flags.out, "w") as file:
-            json.dump(report, file, indent=1)
+        pathlib.Path(flags.out).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from lmboost import plan
 from lmboost.aot import hlo
 from lmboost.aot.problems import describe, moved_logits, moved_stack, rounded_sum
 from lmboost.aot.step import lower
-from lmboost.errors import UserError, nearest
+from lmboost.errors import UserError, one_of
 
 # Memory of one jax device in GiB, and the topologies that the compiler has. https://cloud.google.com/tpu/docs
 HBM = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
@@ -53,11 +53,7 @@ def compiler_log() -> str:
 
 def devices(topology: str, slices: int = 1) -> Sequence[Any]:
     """The devices of a pod, or of several. A UserError where there is no such pod, or no compiler for it."""
-    if topology not in TOPOLOGIES:
-        raise UserError(
-            f"--topology={topology!r} is not known{nearest(topology, TOPOLOGIES)}: expected one of "
-            f"{', '.join(TOPOLOGIES)}."
-        )
+    one_of("--topology", topology, TOPOLOGIES)
     if slices < 1:
         raise UserError(f"--slices={slices} must be at least 1.")
     from jax.experimental import topologies

@@ -110,14 +110,11 @@ class Program:
         if not self._entry:
             raise ValueError("this is no text of a compiled program: it has no ENTRY.")
 
-    def instructions(self) -> Iterator[tuple[_Instruction, str, str, int]]:
+    def _visit(self, name: str, around: str, times: int) -> Iterator[tuple[_Instruction, str, str, int]]:
         """(instruction, its computation, the loop's body or the like that this is fused into, how often it runs).
 
-        Of what is executed; what a reduction adds up with is not.
+        Of what the computation `name` executes, which runs so many times; what a reduction adds up with is not.
         """
-        return self._visit(self._entry, self._entry, 1)
-
-    def _visit(self, name: str, around: str, times: int) -> Iterator[tuple[_Instruction, str, str, int]]:
         for one in self._computations[name]:
             yield one, name, around, times
             if one.opcode in ("async-update", "async-done"):
@@ -150,7 +147,7 @@ class Program:
     def collectives(self) -> list[Collective]:
         """Every collective of the program; one that is fused in pieces into what it runs beside is one."""
         found, pieces = [], set()
-        for one, computation, around, times in self.instructions():
+        for one, computation, around, times in self._visit(self._entry, self._entry, 1):
             if transfer := re.search(r'_xla_megascale_transfer_type="(\w+)"', one.line):
                 if one.opcode == "send":  # the receiving half says the same
                     found.append(self._between_slices(one, transfer[1], times))
@@ -167,13 +164,12 @@ class Program:
         return found
 
     def _collective(self, one: _Instruction, kind: str, computation: str, times: int) -> Collective:
-        operands = self._operands(one, computation)
-        results = arrays_of(one.shape)
+        operands = tuple(a for name in one.operands for a in arrays_of(self._named(name, computation).shape))
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # TPUs' fused form: the slice that a chip keeps is taken outside
         n = group_size(one.line, self._num_devices)
         received = _received(kind, sum(a.bytes for a in operands), n)
-        return Collective(kind, operands, results, n, times, received, _name(one.line))
+        return Collective(kind, operands, arrays_of(one.shape), n, times, received, _name(one.line))
 
     def _between_slices(self, one: _Instruction, transfer: str, times: int) -> Collective:
         sent = next(a for a in arrays_of(one.shape) if a.dims or a.dtype != "u32")
@@ -183,9 +179,6 @@ class Program:
         return Collective(
             f"{kind} between slices", (sent,), (sent,), n, times, _received(kind, sent.bytes, n), _name(one.line)
         )
-
-    def _operands(self, one: _Instruction, computation: str) -> tuple[Array, ...]:
-        return tuple(a for name in one.operands for a in arrays_of(self._named(name, computation).shape))
 
 
 def _constant(one: _Instruction) -> int:

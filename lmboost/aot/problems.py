@@ -75,6 +75,5 @@ def rounded_sum(collective: hlo.Collective, mesh: Mesh) -> bool:
     return adds and narrow and not 1 < collective.group == mesh.shape["tensor"]
 
 
-def describe(collective: hlo.Collective) -> str:
-    c = collective
-    return f"{c.kind} of {c.largest} over {c.group}, {c.times} times: {c.name}"
+def describe(one: hlo.Collective) -> str:
+    return f"{one.kind} of {one.largest} over {one.group}, {one.times} times: {one.name}"

@@ -129,32 +129,28 @@ class SoftTargets(flax.struct.PyTreeNode):
         return sharding.constrain(logits, ("batch", None, None, "vocab"))
 
     def divergence(self, logits, teacher_logits) -> jax.Array:
-        """Per token, from float32 logits [..., V] and what `of_block` gave."""
-        return divergence(logits, teacher_logits, self.kd)
+        """How far the student is from the teacher, per token [...], from float32 logits [..., V] of both.
 
-
-def divergence(logits, teacher_logits, kd: Distillation) -> jax.Array:
-    """How far the student is from the teacher, per token [...], from float32 logits [..., V] of both.
-
-    Zero where they agree: KL rather than the paper's cross-entropy, which is larger by the teacher's entropy and has
-    the same gradient. Columns that are NEGATIVE in both are padding.
-    """
-    if kd.divergence == "hard":
-        return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(teacher_logits, axis=-1))
-    both = kd.temperature_on == "both"
-    log_s = jax.nn.log_softmax(logits / kd.temperature if both else logits)
-    log_t = jax.nn.log_softmax(teacher_logits / kd.temperature)
-    scale = kd.temperature**2 if both else 1.0
-    if not kd.truncated:
-        return scale * _kl(log_t, log_s, kd.divergence)
-    kept = _best_tokens(teacher_logits, log_t, kd)
-    if kd.tail == "renormalise":
-        log_t = jax.nn.log_softmax(jnp.where(kept, log_t, NEGATIVE))
-        return scale * jnp.where(kept, jnp.exp(log_t) * (log_t - log_s), 0.0).sum(-1)
-    # One more outcome, "any other token", holds the rest of the probability on both sides.
-    tail_s, tail_t = (jax.nn.logsumexp(jnp.where(kept, NEGATIVE, x), axis=-1, keepdims=True) for x in (log_s, log_t))
-    log_s, log_t = (jnp.where(kept, x, NEGATIVE) for x in (log_s, log_t))
-    return scale * (_kl(log_t, log_s, kd.divergence) + _kl(tail_t, tail_s, kd.divergence))
+        Zero where they agree: KL rather than the paper's cross-entropy, which is larger by the teacher's entropy and
+        has the same gradient. Columns that are NEGATIVE in both are padding.
+        """
+        kd = self.kd
+        if kd.divergence == "hard":
+            return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(teacher_logits, axis=-1))
+        both = kd.temperature_on == "both"
+        log_s = jax.nn.log_softmax(logits / kd.temperature if both else logits)
+        log_t = jax.nn.log_softmax(teacher_logits / kd.temperature)
+        scale = kd.temperature**2 if both else 1.0
+        if not kd.truncated:
+            return scale * _kl(log_t, log_s, kd.divergence)
+        kept = _best_tokens(teacher_logits, log_t, kd)
+        if kd.tail == "renormalise":
+            log_t = jax.nn.log_softmax(jnp.where(kept, log_t, NEGATIVE))
+            return scale * jnp.where(kept, jnp.exp(log_t) * (log_t - log_s), 0.0).sum(-1)
+        # One more outcome, "any other token", holds the rest of the probability on both sides.
+        tail_s, tail_t = (jax.nn.logsumexp(jnp.where(kept, NEGATIVE, x), -1, keepdims=True) for x in (log_s, log_t))
+        log_s, log_t = (jnp.where(kept, x, NEGATIVE) for x in (log_s, log_t))
+        return scale * (_kl(log_t, log_s, kd.divergence) + _kl(tail_t, tail_s, kd.divergence))
 
 
 def _kl(log_t, log_s, direction: str):

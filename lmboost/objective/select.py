@@ -84,9 +84,9 @@ def masked_median(x_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
     """Median of each row's masked-in values (mean of the middle two for an even number); -inf where none is."""
     rising = jnp.sort(jnp.where(mask_BxT, x_BxT, jnp.inf), axis=1)
     count = mask_BxT.sum(1, keepdims=True)
-    low, high = ((count - 1) // 2, count // 2)
-    middle = [jnp.take_along_axis(rising, jnp.maximum(i, 0), axis=1) for i in (low, high)]
-    return jnp.where(count > 0, (middle[0] + middle[1]) / 2, -jnp.inf)[:, 0]
+    places = ((count - 1) // 2, count // 2)
+    low, high = (jnp.take_along_axis(rising, jnp.maximum(i, 0), axis=1) for i in places)
+    return jnp.where(count > 0, (low + high) / 2, -jnp.inf)[:, 0]
 
 
 def choose(scores: jax.Array, batch_size: int, kept_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -56,15 +56,11 @@ class Checkpointer:
     def _report_unfinished(self) -> None:
         if jax.process_index() or not self.directory.exists():
             return
-        finished = {str(step) for step in self.finished_steps()}
+        finished = {str(step) for step in self._run.steps()}
         for path in self.directory.iterdir():
             step = path.name.split(".")[0]
             if step.isdigit() and path.name not in finished:
                 processes.warn(f"the checkpoint of step {step} was not finished when the run ended; it is removed.")
-
-    def finished_steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, in ascending order."""
-        return self._run.steps()
 
     def restore(self, like: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any], int] | None:
         """(state, data position, step) of the newest checkpoint that is whole; None if there is no checkpoint.
@@ -72,7 +68,7 @@ class Checkpointer:
         Newer ones that are damaged are named and moved to WORKDIR/damaged-STEP. Raises a UserError if all of them are.
         """
         damaged = []
-        for step in self.finished_steps()[::-1]:
+        for step in self._run.steps()[::-1]:
             directory = self._run.at(step)
             found = self._try(restore_state, directory, like, shardings)
             error = found if isinstance(found, Exception) else self._try(check_fingerprints, directory, *found)
@@ -132,14 +128,11 @@ class Checkpointer:
         self._settle()
         if self._saved == done and self._failure is None:
             return
-        params, training = split(state)
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            training=ocp.args.StandardSave(training),
-            position=ocp.args.JsonSave(position | {"fingerprints": fingerprints(state)}),
-            manifest=ocp.args.JsonSave(manifest),
-        )
-        self._saved, self._failure, self._time = done, None, time.monotonic()
+        trees = {name: ocp.args.StandardSave(tree) for name, tree in split(state).items()}
+        position = ocp.args.JsonSave(position | {"fingerprints": fingerprints(state)})
+        items = ocp.args.Composite(**trees, position=position, manifest=ocp.args.JsonSave(manifest))
+        self._saved, self._time = done, time.monotonic()
+        self._failure = None
         if self._broken:
             self.close()
             self._broken = False
@@ -159,7 +152,7 @@ class Checkpointer:
             self._settle()
             if self._failure is None:
                 return
-        steps = self.finished_steps()
+        steps = self._run.steps()
         safe = f"the checkpoint of step {steps[-1]} is whole" if steps else "no checkpoint has been written yet"
         raise UserError(
             f"saving the checkpoint of step {done} to {self.directory} failed {LAST_ATTEMPTS} times "
@@ -193,7 +186,7 @@ class Checkpointer:
         if not self._broken:
             processes.warn(
                 f"saving the checkpoint of step {self._saved} failed ({cause}). The run goes on, and saves again in "
-                f"{self._c.retry_seconds:g} s or when the next is due. Whole checkpoints: {self.finished_steps()}."
+                f"{self._c.retry_seconds:g} s or when the next is due. Whole checkpoints: {self._run.steps()}."
             )
         self._failure, self._broken = (time.monotonic(), cause), True
 
@@ -213,11 +206,11 @@ class Checkpointer:
             self._fail(error)
 
 
-def split(state: TrainState) -> tuple[Any, dict[str, Any]]:
+def split(state: TrainState) -> dict[str, Any]:
     """The items "params" and "training" of a checkpoint: the model's parameters, and what else the run changes."""
     rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
-    learned = rest.pop("params")
-    return learned["model"], rest | {name: x for name, x in learned.items() if name != "model"}
+    learned = dict(rest.pop("params"))
+    return {"params": learned.pop("model"), "training": rest | learned}
 
 
 def _join(params: Any, training: dict[str, Any]) -> TrainState:
@@ -236,15 +229,14 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
         raise UserError(
             f"{directory} has parameters alone, no optimizer and no data position to go on from: give it as init.path."
         )
-    parts = []
-    for name, tree, layout in zip(("params", "training"), split(like), split(shardings), strict=True):
-        parts.append(checkpoint.restore_tree(directory, name, tree, layout))
-    return _join(*parts), checkpoint.read_json(directory, "position")
+    layouts = split(shardings)
+    trees = {name: checkpoint.restore_tree(directory, name, tree, layouts[name]) for name, tree in split(like).items()}
+    return _join(**trees), checkpoint.read_json(directory, "position")
 
 
 def fingerprints(state: TrainState) -> dict[str, str]:
     """What is written beside a state, and what it must have when it is read again."""
-    return {n: checkpoint.fingerprint(tree) for n, tree in zip(("params", "training"), split(state), strict=True)}
+    return {name: checkpoint.fingerprint(tree) for name, tree in split(state).items()}
 
 
 def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ again, and "restarting" is the time from the last line of an attempt to the begi
 import contextlib
 import dataclasses
 import itertools
+import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -104,15 +105,9 @@ class Clock:
         if not self._lines or now - self._written < at_least:
             return
         self._written = now
-        self._lines.write(
-            {
-                "attempt": self._attempt,
-                "step": step,
-                "start_step": self._start_step,
-                "time": now,
-                "seconds": {kind: round(seconds, 3) for kind, seconds in self._seconds.items()},
-            }
-        )
+        spent = {kind: round(seconds, 3) for kind, seconds in self._seconds.items()}
+        attempt = {"attempt": self._attempt, "step": step, "start_step": self._start_step}
+        self._lines.write(attempt | {"time": now, "seconds": spent})
 
     def close(self) -> None:
         """Closes the file."""
@@ -171,27 +166,24 @@ def read(workdir: str) -> Goodput | None:
     path = epath.Path(workdir) / FILE
     if not path.exists():
         return None
-    attempts: list[list[dict[str, Any]]] = []
-    for values in lines.read(path, "one that training writes", _FIELDS, torn=True):
-        if not attempts or attempts[-1][0]["attempt"] != values["attempt"]:
-            attempts.append([])
-        attempts[-1].append(values)
+    written = lines.read(path, "one that training writes", _FIELDS, torn=True)
+    attempts = [list(group) for _, group in itertools.groupby(written, key=operator.itemgetter("attempt"))]
     if not attempts:
         return None
 
     seconds = dict.fromkeys((*KINDS, "lost", "restarting"), 0.0)
-    goes_on = None  # the earliest step that a later attempt began with
+    goes_on = math.inf  # the earliest step that a later attempt began with
     for attempt in reversed(attempts):
         last = attempt[-1]
         for kind in KINDS:
             seconds[kind] += last["seconds"].get(kind, 0.0)
-        if goes_on is not None and goes_on < last["step"]:
+        if goes_on < last["step"]:
             at = [line["step"] for line in attempt]
             spent = [line["seconds"]["step"] for line in attempt]
             lost = spent[-1] - float(np.interp(goes_on, at, spent, left=0.0))
             seconds["step"] -= lost
             seconds["lost"] += lost
-        goes_on = last["start_step"] if goes_on is None else min(goes_on, last["start_step"])
+        goes_on = min(goes_on, last["start_step"])
     for before, after in itertools.pairwise(attempts):
         seconds["restarting"] += max(after[0]["attempt"] - before[-1]["time"], 0.0)
     return Goodput(len(attempts), attempts[-1][-1]["time"] - attempts[0][0]["attempt"], seconds)

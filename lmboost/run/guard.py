@@ -1,4 +1,4 @@
-"""What keeps a run from harm: the notice to stop, the watch over its progress, the lock on its directory."""
+"""What keeps a run from harm: the notice to stop, and the watch over its progress."""
 
 import contextlib
 import faulthandler

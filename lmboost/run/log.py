@@ -5,7 +5,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -63,11 +63,6 @@ class RunLog:
         before, self._running = self._running, (step + 1, step_metrics)
         self._finish(before)
 
-    def flush(self) -> None:
-        """Waits for the newest step, and writes its numbers."""
-        before, self._running = self._running, None
-        self._finish(before)
-
     def _finish(self, running: tuple[int, metrics.Counted] | None) -> None:
         if running is None:
             return
@@ -116,8 +111,9 @@ class RunLog:
             self._end_profile()
 
     def pause(self) -> None:
-        """Leaves the time until the next logged step out of tokens per second: evaluation, saving, compiling."""
-        self.flush()
+        """Waits for the newest step; the time until the next logged one is left out of tokens per second."""
+        before, self._running = self._running, None
+        self._finish(before)
         self._since = None
 
     def close(self) -> None:
@@ -136,11 +132,12 @@ class RunLog:
         return {"tokens": done * self._asked.step_tokens, "flops": self._asked.flops(done)}
 
 
-class Parts:
+class Parts(NamedTuple):
     """The parts of a run's loop, as in `with part("saving step 40", "save"):`, told to watchdog, clock and log."""
 
-    def __init__(self, watch: guard.Watchdog, clock: goodput.Clock, log: RunLog):
-        self._watch, self._clock, self._log = watch, clock, log
+    watch: guard.Watchdog
+    clock: goodput.Clock
+    log: RunLog
 
     @contextlib.contextmanager
     def __call__(
@@ -153,8 +150,8 @@ class Parts:
           patient: whether it may take as long as it likes.
           busy: see `Clock.measure`.
         """
-        self._watch.beat(what)
+        self.watch.beat(what)
         if pause:
-            self._log.pause()
-        with self._clock.measure(kind, busy), self._watch.patient() if patient else contextlib.nullcontext():
+            self.log.pause()
+        with self.clock.measure(kind, busy), self.watch.patient() if patient else contextlib.nullcontext():
             yield

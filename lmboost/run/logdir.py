@@ -103,11 +103,9 @@ class LogDir:
         for directory, _, names in os.walk(self.path):
             for name in names:
                 path = os.path.join(directory, name)
-                try:
+                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                     status = os.stat(path)
-                except FileNotFoundError:  # renamed meanwhile
-                    continue
-                found[os.path.relpath(path, self.path)] = (status.st_size, status.st_mtime_ns)
+                    found[os.path.relpath(path, self.path)] = (status.st_size, status.st_mtime_ns)
         return {k: v for k, v in found.items() if not k.endswith(".tmp") and self._uploaded.get(k) != v}
 
     def _work(self) -> None:

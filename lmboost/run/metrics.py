@@ -1,4 +1,4 @@
-"""Metrics on the host: (sum, count) pairs, the run's metrics.jsonl and TensorBoard files, the console."""
+"""Metrics on the host: (sum, count) pairs, and the run's metrics.jsonl and TensorBoard files."""
 
 import os
 import socket

@@ -34,7 +34,8 @@ class Cluster:
         for name in ("start_timeout", "heartbeat_timeout"):
             if (value := getattr(self, name)) < 1:
                 raise UserError(f"--{name}={value}: expected at least 1 second.")
-        where, count, me = self.coordinator, self.num_processes, self.process_id
+        where = self.coordinator
+        count, me = self.num_processes, self.process_id
         host, _, port = where.rpartition(":")
         if where and not (host and port.isdigit()):
             raise UserError(f"--coordinator={where}: expected HOST:PORT of process 0, as in 10.0.0.2:8476.")

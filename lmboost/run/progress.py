@@ -93,8 +93,6 @@ _SHOWN = {  # in this order; the rest is for the files
     "val_perplexity": "{:.3f}",
     "val_bits_per_byte": "{:.4f}",
 }
-
-
 _LABELS = {"grad_norm": "grad", "learning_rate": "lr"}
 
 

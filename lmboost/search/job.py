@@ -162,7 +162,7 @@ def _about(config: ConfigDict, parent: Parent, spec: str) -> dict[str, Any]:
         "config": fields,
         "parent": {"directory": str(parent.saved.directory), "tokenizer": parent.saved.tokenizer_fingerprint},
         "data": loader.info(spec, "validation").fingerprint,
-        "versions": checkpoint.versions(checkpoint.PACKAGES),
+        "versions": checkpoint.versions(),
     }
 
 

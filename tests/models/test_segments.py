@@ -34,8 +34,6 @@ CONFIGS = {
 }
 grid = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 STATES = (0, 1, 2, 3)
-# Compiling is most of the time that these tests take.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def some(*names):
@@ -147,11 +145,19 @@ def layer_by_layer(config, params, taps, tokens, segment_ids, positions):
 @some("llama", "pythia", "full qk norm", "by layer", "post norm")
 def test_it_is_its_layers_one_after_the_other(config):
     """The last state, every captured one, and both with taps on every state."""
-    params, data = params_of(config), batch()
-    for taps in ({}, {state: lambda x, state=state: x * (1 + 0.1 * state) + 0.1 for state in STATES}):
+    data = batch()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(tapped, params):
+        taps = {state: lambda x, state=state: x * (1 + 0.1 * state) + 0.1 for state in STATES} if tapped else {}
         expected = layer_by_layer(config, params, taps, *data)
-        trees_close(expected, transformer.apply(config, params, *data, capture=STATES, taps=taps))
-        trees_close(expected[0], transformer.apply(config, params, *data, taps=taps)[0])
+        captured = transformer.apply(config, params, *data, capture=STATES, taps=taps)
+        return expected, captured, transformer.apply(config, params, *data, taps=taps)[0]
+
+    for tapped in (False, True):
+        expected, captured, last = run(tapped, params_of(config))
+        trees_close(expected, captured)
+        trees_close(expected[0], last)
 
 
 def without_zeros(equal, kept):
@@ -244,7 +250,7 @@ def test_gradients_reach_every_parameter_whatever_is_computed_again():
 
     def gradient(remat):
         config = dataclasses.replace(UNEQUAL, remat=remat)
-        return quick_jit(jax.grad(lambda p: (transformer.apply(config, p, *batch())[0] ** 2).mean()))(params)
+        return jax.jit(jax.grad(lambda p: (transformer.apply(config, p, *batch())[0] ** 2).mean()))(params)
 
     none, dots, full = map(gradient, ("none", "dots", "full"))
     head = {"head": none["head"]}  # is not part of this
@@ -275,7 +281,7 @@ def test_an_update_of_a_segment_is_that_of_a_model_of_its_layers(name):
     ).validate()  # fmt: skip
     params, rng = params_of(wide), np.random.default_rng(2)
     gradient = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), params)
-    update = quick_jit(update)
+    update = jax.jit(update)
     together = update(params, gradient)
     for segment in ("0", "1"):
         alone = [tree | {"layers": tree["layers"][segment]} for tree in (params, gradient)]

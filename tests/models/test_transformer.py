@@ -120,9 +120,9 @@ def test_a_cache_fed_in_pieces_gives_the_states_of_the_whole(config, padding):
     """Padding on the left, as rows have that are shorter than others."""
     tokens, segment_ids, positions = (np.pad(x, ((0, 0), (padding, 0))) for x in batch())
     whole, _ = apply(config, params_of(config), *batch())
-    slots = np.pad(segment_ids, ((0, 0), (0, 4)))  # and slots that are never filled
+    slots = np.pad(segment_ids, ((0, 0), (0, 7 - padding)))  # and slots that are never filled
     cache, parts = transformer.init_cache(config, B, slots.shape[1]), []
-    for part in np.split(np.arange(padding + T), [padding + 7, padding + 8, padding + 9]):
+    for part in np.split(np.arange(padding + T), [7, 8, 9, *range(T, T + padding)]):  # of 7 or of 1: two programs
         h, cache = cached(config, params_of(config), tokens[:, part], slots, positions[:, part], cache)
         parts.append(h)
     assert cache.index == padding + T

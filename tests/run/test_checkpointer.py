@@ -1,5 +1,6 @@
 """Checkpoints that were harmed, and saves that fail: what is used instead, what is said, what is never lost."""
 
+import itertools
 import json
 import random
 import shutil
@@ -60,23 +61,30 @@ def truncate(path, draw):
     path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
 
 
-HARMS = {"flip": flip, "truncate": truncate, "delete": lambda path, _: path.unlink()}
+def delete(path, draw):
+    path.unlink()
+
+
+HARMS = [
+    pytest.param((flip, truncate, delete), id="in turn"),
+    *(pytest.param((harm,), id=harm.__name__, marks=pytest.mark.slow) for harm in (flip, truncate, delete)),
+]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of TensorStore's own tasks
-@pytest.mark.parametrize("harm", HARMS)
-def test_a_harmed_checkpoint_is_named_and_the_one_before_is_used(harm, workdir, reader, capsys):
+@pytest.mark.parametrize("harms", HARMS)
+def test_a_harmed_checkpoint_is_named_and_the_one_before_is_used(harms, workdir, reader, capsys):
     """Whatever byte of whatever file: the state is bit for bit that of step 6 or that of step 4."""
-    draw, newest = random.Random(harm), workdir / "checkpoints" / "6"
+    draw, newest = random.Random(0), workdir / "checkpoints" / "6"
     want = {6: reader(workdir)[0], 4: checkpointed(reader, workdir, 4)}
     keep, used = shutil.copytree(newest, workdir / "keep"), []
-    targets = [p for p in files(keep) if p.stat().st_size or harm == "delete"]
+    targets = [p for p in files(keep) if p.stat().st_size or harms == (delete,)]
     assert len(targets) > 10
-    for path in targets + draw.choices(targets, k=20):
+    for path, harm in zip(targets + draw.choices(targets, k=10), itertools.cycle(harms), strict=False):
         capsys.readouterr()
         shutil.rmtree(newest, ignore_errors=True)
         shutil.copytree(keep, newest)
-        HARMS[harm](newest / path.relative_to(keep), draw)
+        harm(newest / path.relative_to(keep), draw)
         state, position, step = reader(workdir)
         assert_same(state, want[step])
         assert position["step"] == step

@@ -23,6 +23,7 @@ from lmboost.search.notation import from_json, parse_choices, parse_params, to_j
 from lmboost.search.space import Orders, Space
 from lmboost.surgery import subnet
 from lmboost.surgery.subnet import Cut, LayerCut
+from tests.search.promises import ROW, check_cut
 
 MHA = tiny(preset("pythia-70m"), 6)
 GQA = tiny(preset("smollm2-135m"), 6)
@@ -30,7 +31,6 @@ QWEN3 = dataclasses.replace(GQA, qk_norm="head", qkv_bias=True, tie_embeddings=T
 PARENTS = {"mha": MHA, "gqa": GQA, "qwen3": QWEN3, "gpt2": tiny(preset("gpt2"), 6)}
 WIDE = {"layers": "2-6", "d_model": "24-64:8", "head_dim": "8,16", "mlp_dim": "16-128:16", "params": "60K-75K"}
 SPACES = list(itertools.product(("coarse", "fine"), ("uniform", "layerwise"), ("any", "first")))
-ROW = ("num_kv_heads", "group_heads", "head_dim", "mlp_dim")
 
 
 def space_of(parent, orders=None, **changes) -> Space:
@@ -72,31 +72,6 @@ def walk(space, seed, steps=6):
         a, b = space.crossover(rng, a, b), space.mutate(rng, b, 0.3)
         cuts += [a, b]
     return cuts
-
-
-def check_cut(space, cut):
-    """What the spaces promise, from the cut alone."""
-    orders, o = space.orders, space.parent
-    fine, uniform = space.granularity == "fine", space.scope == "uniform"
-    layers = [part.layer for part in cut.layers]
-    rows = [(len(c.groups), len(c.heads[0]), len(c.features), len(c.units)) for c in cut.layers]
-    assert len(layers) in space.layers and layers == sorted(set(layers)) and 0 <= layers[0] <= layers[-1] < o.num_layers
-    assert len(cut.width) in space.d_model
-    assert all(size in getattr(space, name) for row in rows for name, size in zip(ROW, row, strict=True))
-    assert not uniform or len(set(rows)) == 1
-    assert not (uniform and fine) or len({part[1:] for part in cut.layers}) == 1
-    if space.layer_choice == "first":
-        assert set(layers) == set(orders.layers[: len(layers)])
-    entries = [(cut.width, orders.width)]
-    for part in cut.layers:
-        assert len(part.heads) == len(part.groups) and len(set(map(len, part.heads))) == 1
-        own = ((name, getattr(orders, name)[part.layer]) for name in ("groups", "features", "units"))
-        entries += [(getattr(part, name), order) for name, order in own]
-        entries += [(h, orders.heads[part.layer][k]) for k, h in zip(part.groups, part.heads, strict=True)]
-    for kept, order in entries:
-        assert list(kept) == sorted(set(kept)) and set(kept) <= set(order)
-        assert fine or set(kept) == set(order[: len(kept)])
-    assert space.low <= subnet.child_config(space.parent, cut).validate().num_params() <= space.high
 
 
 # How choices and bins are written.
