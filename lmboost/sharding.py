@@ -1,7 +1,7 @@
 """Mesh and sharding: the only file that names mesh axes.
 
 Arrays carry logical axis names; RULES maps them to the mesh axes ("data", "fsdp", "tensor"). Rows of
-the batch are spread over data and fsdp; parameters, whose axes `models/axes.py` names, over fsdp (their model-width
+the batch are spread over data and fsdp; parameters, whose axes `axes.py` names, over fsdp (their model-width
 axis) and tensor (heads, MLP width, vocabulary).
 """
 
@@ -135,7 +135,7 @@ def tree_sharding(tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for parameters, or for any state that mirrors them (optimizer moments).
 
     Entries of dicts are parameters or what mirrors them, and are laid out by their names; a KeyError on a name that
-    `models/axes.py` does not know. Those of fewer axes than their parameter has (factored statistics), and the fields
+    `axes.py` does not know. Those of fewer axes than their parameter has (factored statistics), and the fields
     of a state (counters), are whole on every device, and so are norms and biases of the model's width.
     """
 
