@@ -10,9 +10,10 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from lmboost import axes, optimizers, sharding, transformer
+from lmboost import axes, optimizers, sharding
 from lmboost.config import base
 from lmboost.hf.families import FAMILIES
+from lmboost.models import transformer
 from lmboost.models.model_config import MLPS, NORMS, ModelConfig
 from lmboost.models.presets import PRESETS, tiny
 from lmboost.objective import align
