@@ -36,13 +36,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items):
-    """The longest files first, so that two workers end at about the same time.
+# Longest first, so that two workers end at about the same time; the others take seconds.
+LONGEST = (
+    "run/test_restarts.py", "run/test_faults.py", "test_hosts.py", "test_train_step.py",
+)  # fmt: skip
 
-    --no-loadscope-reorder keeps this order; without it, xdist begins with the files of the most tests.
-    """
-    longest = ("test_restarts.py", "test_faults.py", "test_hosts.py")
-    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
+
+def pytest_collection_modifyitems(items):
+    place = {str(pathlib.Path(__file__).parent / name): i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(str(item.path), len(place)))
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,13 @@ def command(recipe: str, workdir, *overrides: str) -> list[str]:
     return [sys.executable, "-m", "lmboost.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
 
 
+def environment(devices: int = 8) -> dict[str, str]:
+    """That of a process with so many simulated devices, which finds this project."""
+    count = "--xla_force_host_platform_device_count"
+    flags = [flag for flag in os.environ["XLA_FLAGS"].split() if not flag.startswith(count)]
+    return os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": " ".join([*flags, f"{count}={devices}"])}
+
+
 def launch(
     processes: int,
     devices: int,
@@ -79,22 +86,22 @@ def launch(
 
     record: where the batches that the devices are given are written down (tests/record.py). own: launcher's flags.
     """  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "RECORD": str(record)}
     flags = [f"--processes={processes}", f"--devices={devices}", *own, *(["--module=tests.record"] if record else [])]
     return subprocess.Popen(
         [sys.executable, "launch/local.py", *flags, *command(recipe, workdir, *overrides)[3:]],
-        env=environment, cwd=ROOT, text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env=environment(devices) | {"RECORD": str(record)}, cwd=ROOT,
+        text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
 def start(recipe: str, workdir, *overrides: str, file_limit_kb: int = 0) -> subprocess.Popen:
     """The train verb in a process of its own, in its own process group; no file may grow beyond the limit."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    own = {}
     if file_limit_kb:  # is not for the cache of compiled programs, which is read only
-        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1000000"
+        own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "1000000"
     limit = ["bash", "-c", f'ulimit -f {file_limit_kb}; exec "$@"', "--"] if file_limit_kb else []
     return subprocess.Popen(
-        [*limit, *command(recipe, workdir, *overrides)], env=environment, cwd=ROOT,
+        [*limit, *command(recipe, workdir, *overrides)], env=environment() | own, cwd=ROOT,
         text=True, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -47,7 +47,8 @@ def make_batch(rows=ROWS, seed=0, vocab_size=61):
 
 @functools.cache
 def models():
-    return {"model": transformer.init(STUDENT, jax.random.key(0))}, transformer.init(TEACHER, jax.random.key(1))
+    init = jax.jit(transformer.init, static_argnums=0)
+    return {"model": init(STUDENT, jax.random.key(0))}, init(TEACHER, jax.random.key(1))
 
 
 def oracle(batch, *arguments):

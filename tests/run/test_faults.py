@@ -135,13 +135,12 @@ def test_a_host_comes_late(tmp_path, recipe, data, teacher, whole):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     flags = runs.command(f"{recipe}:helped", tmp_path, data, teacher, *STEPS)
     both = []
     for i in range(2):
         time.sleep(20 * i)
         cluster = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={i}"]
-        both.append(subprocess.Popen(flags + cluster, env=environment, cwd=runs.ROOT))
+        both.append(subprocess.Popen(flags + cluster, env=runs.environment(4), cwd=runs.ROOT))
     assert [process.wait(300) for process in both] == [0, 0]
     assert final(tmp_path) == final(whole[2])
 
@@ -252,9 +251,10 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, recipe, data, teacher, whole
     workdir.mkdir()
     command = runs.command(f"{recipe}:helped", workdir, data, teacher, *STEPS, "--config.checkpoint.retry_seconds=0.3")
     script = FULL_DISK.format(workdir=workdir, log=log, out=out, command=" ".join(f"'{c}'" for c in command))
-    environment = os.environ | {"PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     with open(log, "w") as file:
-        done = subprocess.run(["unshare", "-rm", "bash", "-c", script], env=environment, stdout=file, stderr=file)
+        done = subprocess.run(
+            ["unshare", "-rm", "bash", "-c", script], env=runs.environment(), stdout=file, stderr=file
+        )
     output = log.read_text()
     assert done.returncode == 0 and "finished: 24 steps" in output, output
     assert "WARNING: saving the checkpoint of step" in output

@@ -1,6 +1,5 @@
 """What processes of one run do together, in two real ones with four devices each."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -69,10 +68,9 @@ def test_two_processes_agree(tmp_path):
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     (tmp_path / "checks.py").write_text(CHECKS)
-    environment = os.environ | {"PYTHONPATH": str(runs.ROOT), "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     both = [
         subprocess.Popen(
-            [sys.executable, tmp_path / "checks.py", str(i), port], env=environment, text=True,
+            [sys.executable, tmp_path / "checks.py", str(i), port], env=runs.environment(4), text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for i in range(2)
