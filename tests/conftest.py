@@ -1,6 +1,7 @@
 """Tests run on eight CPU devices, unless the environment says otherwise; equal programs are compiled once."""
 
 import atexit
+import gc
 import importlib.util
 import mmap
 import os
@@ -45,6 +46,11 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     place = {str(pathlib.Path(__file__).parent / name): i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(str(item.path), len(place)))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what has been imported stays
+    gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and few cycles
 
 
 @pytest.fixture(scope="module")
