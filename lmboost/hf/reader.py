@@ -61,6 +61,11 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
     published = config_json.read(pathlib.Path(directory))
     there = any((directory / name).exists() for name in tokenizer_lib.FILE_NAMES.values())
     tokenizer = tokenizer_lib.load(directory) if there else None
+    if tokenizer and tokenizer.vocab_size > published.model.vocab_size:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but config.json beside it vocab_size="
+            f"{published.model.vocab_size}: give the tokenizer that the model was trained with."
+        )
     return {
         "model": dataclasses.asdict(published.model),
         "data": {"tokenizer": tokenizer and tokenizer.fingerprint},
