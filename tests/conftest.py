@@ -39,7 +39,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 # Longest first, so that two workers end at about the same time; the others take seconds.
 LONGEST = (
-    "run/test_restarts.py", "run/test_faults.py", "test_hosts.py", "test_train_step.py",
+    "run/test_restarts.py", "run/test_faults.py", "test_hosts.py", "test_train.py", "test_train_step.py",
+    "search/test_job.py", "test_start.py", "surgery/test_init_subnet.py", "surgery/test_subnet.py",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ def parent(home, recipe, data):
     """A trained run of six layers, 200,000 parameters."""
     sizes = {"num_layers": 6, "d_model": 48, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 128}
     values = {f"model.{name}": size for name, size in sizes.items()}
-    values |= {"steps": 150, "checkpoint.every": 150, "eval.every": 0, "optimizer.learning_rate": 4e-3}
+    values |= {"steps": 60, "checkpoint.every": 60, "eval.every": 0, "optimizer.learning_rate": 6e-3}
     runs.run(recipe, home / "parent", data, *(f"--config.{name}={value}" for name, value in values.items()))
     return str(home / "parent")
 
@@ -84,13 +84,13 @@ def test_evolution_beats_as_many_random_draws_with_one_compilation(evaluator):
     space, evaluate = evaluator
     options = {"population": 16, "elites": 4, "mutation": 0.15, "crossover": 0.5, "fresh": 0.1}
     wins = 0
-    for seed in range(10):
+    for seed in range(5):
         ends = [
             best_of(evolution.Search(method=m, space=space, seed=seed, **options), evaluate, 192)
             for m in ("evolution", "random")
         ]
         wins += ends[0] < ends[1]
-    assert wins >= 8, wins
+    assert wins >= 4, wins
     assert evaluate.losses._cache_size() == 1
 
 
