@@ -14,10 +14,11 @@ from lmboost.run import lines
 from lmboost.run.lines import Appender
 
 NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-VALUES = st.recursive(st.none() | NUMBERS | st.text(max_size=8), lambda v: st.dictionaries(st.text(max_size=3), v))
-RECORDS = st.lists(
-    st.builds(lambda step, more: more | {"step": step}, st.integers(), st.dictionaries(st.text(), VALUES))
+VALUES = st.none() | NUMBERS | st.text(max_size=8)
+MORE = st.dictionaries(
+    st.text(max_size=3), VALUES | st.dictionaries(st.text(max_size=3), VALUES, max_size=2), max_size=2
 )
+RECORDS = st.lists(st.builds(lambda step, more: more | {"step": step}, st.integers(), MORE), max_size=5)
 
 
 def append(path, records):
