@@ -16,9 +16,8 @@ pytestmark = pytest.mark.slow
 
 def test_a_hundred_restarts_change_nothing_and_leave_nothing(tmp_path, home, recipe, data, teacher, monkeypatch):
     """A run that dies after two steps on average, by SIGKILL or SIGTERM at any moment, and then ends in peace."""
-    flags = (  # with one help: each restart compiles what is asked for
+    flags = (
         "--config.steps=200", "--config.checkpoint.every=1", "--config.eval.every=50", "--noconfig.log.tensorboard",
-        "--config.objective.align.weight=0", "--config.objective.select.candidates=1",
     )  # fmt: skip
     given = (f"{recipe}:helped", tmp_path / "run", data, teacher, *flags)
     finish(runs.launch(1, 1, f"{recipe}:helped", home / "long", data, teacher, *flags))
