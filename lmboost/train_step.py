@@ -100,7 +100,8 @@ def make_train_step(
         if "select" in program.helps:
             batch, metrics["kept_fraction"] = _select(program, helpers["scorer"], batch)
         (grads, probes), gathered = _accumulated(program, state.params, helpers, batch, state.step)
-        grads = jax.tree.map(lambda g: g / jnp.maximum(gathered.sums.count, 1.0), grads)
+        tokens = jnp.maximum(gathered.sums.count, 1.0)
+        grads = jax.tree.map(lambda g: g / tokens, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(gathered.sums.loss) & jnp.isfinite(grad_norm)
         new_state = _update(state, grads, finite, tx)
