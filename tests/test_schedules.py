@@ -44,7 +44,9 @@ def test_learning_rate_rises_then_falls_within_its_bounds(case):
     peak = max(c.warmup_steps - 1, 0)
     assert (values > 0).all(), "no step at rate 0, neither the first nor the last"
     assert values.max() <= c.learning_rate * (1 + 1e-6)
-    assert (np.diff(values[: peak + 1]) > 0).all() and (np.diff(values[peak:]) <= 1e-7 * c.learning_rate).all()
+    assert (np.diff(values[: peak + 1]) > 0).all() and (
+        np.diff(values[peak:]) <= 1e-6 * c.learning_rate
+    ).all()  # float32
     assert (values[peak:] >= c.learning_rate * c.final_fraction * (1 - 1e-6)).all()
     assert values[peak] == pytest.approx(c.learning_rate)
     end = (
