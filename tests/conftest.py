@@ -7,6 +7,7 @@ import mmap
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 import time
 
@@ -22,9 +23,11 @@ CHEAP = (
 
 def known(flags):
     """The flags that the installed jaxlib knows; it would abort on others, which come and go."""
-    (library,) = pathlib.Path(*importlib.util.find_spec("jaxlib").submodule_search_locations).glob("libjax_common*")
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return [flag for flag in flags if content.find(flag[2:].partition("=")[0].encode()) >= 0]
+    found = set()
+    for library in pathlib.Path(*importlib.util.find_spec("jaxlib").submodule_search_locations).glob("libjax_common*"):
+        with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found |= {flag for flag in flags if content.find(flag[2:].partition("=")[0].encode()) >= 0}
+    return sorted(found)
 
 
 # jax reads these when it is imported, so what imports it is imported in the fixtures; so do processes of tests.
@@ -54,6 +57,15 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and few cycles
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """What a module has compiled is kept on disk, not in memory."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A directory for a module's runs."""
@@ -70,24 +82,23 @@ def shared(tmp_path_factory):
 
 def _once(directory: pathlib.Path, make) -> str:
     """What make(directory) gives to whichever process comes first; the others wait for it."""
-    result = directory.with_suffix(".result")
-    try:
-        directory.mkdir()
-    except FileExistsError:
-        until = time.monotonic() + 600
-        while not result.exists():
+    result, until = directory.with_suffix(".result"), time.monotonic() + 600
+    while not result.exists():
+        try:
+            directory.mkdir()
+        except FileExistsError:
             assert time.monotonic() < until, f"{directory} has not been made"
             time.sleep(0.1)
-        return result.read_text()
-    try:
-        made = make(directory)
-    except BaseException:
-        shutil.rmtree(directory)  # the next one tries for itself
-        raise
-    part = directory.with_suffix(".part")
-    part.write_text(made)
-    part.rename(result)
-    return made
+            continue
+        try:
+            made = make(directory)
+        except BaseException:
+            shutil.rmtree(directory)  # the next one tries for itself
+            raise
+        part = directory.with_suffix(".part")
+        part.write_text(made)
+        part.rename(result)
+    return result.read_text()
 
 
 @pytest.fixture(scope="session")
