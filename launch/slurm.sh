@@ -51,7 +51,7 @@ max_crashes=${MAX_CRASHES:-3}
 [[ "$max_crashes" =~ ^[1-9][0-9]*$ ]] || fail "MAX_CRASHES=$max_crashes: expected a number of 1 or more"
 
 # What the job remembers over its restarts: the crashes of the row, how each task has ended.
-notes=$workdir/slurm
+notes=$workdir/lmboost-slurm-${SLURM_JOB_ID:-0}
 if [[ "$workdir" = *://* ]]; then notes=lmboost-slurm-${SLURM_JOB_ID:-0}; fi
 # SIGTERM reaches the shell around a task, too, which has to outlive it.
 # shellcheck disable=SC2016  # expanded by the task's shell
@@ -80,6 +80,11 @@ newest_checkpoint() {  # step, -1 if there is none; places as lmboost/checkpoint
   echo "${names:--1}"
 }
 
+forget() {  # removes what stands in the notes, and nothing that is not this job's
+  rm -f "$notes"/task-* "$notes/crashes"
+  rmdir "$notes" || true
+}
+
 mkdir -p "$notes"
 rm -f "$notes"/task-*
 if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ]; then echo "0 $(newest_checkpoint)" >"$notes/crashes"; fi
@@ -93,7 +98,7 @@ elif [ "$status" -ne 0 ]; then
 fi
 
 case "$status" in
-  0 | 2) rm -rf "$notes" && exit "$status" ;;
+  0 | 2) forget && exit "$status" ;;
   75) why=preempted ;;
   76) why=hung ;;
   *)
@@ -105,7 +110,7 @@ case "$status" in
     why="crashed with status $status, $crashes of $max_crashes in a row; newest checkpoint: $newest"
     if [ "$crashes" -ge "$max_crashes" ]; then
       echo "launch: $why" >&2
-      rm -rf "$notes"
+      forget
       exit "$status"
     fi
     ;;

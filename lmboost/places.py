@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 import secrets
 from collections.abc import Iterator
 
@@ -13,19 +14,23 @@ from etils import epath
 from lmboost.errors import UserError
 
 SCHEME = "gs://"
+# What TensorStore reads as a pattern or as another store, so that a checkpoint is written and not found again.
+_UNREADABLE = re.compile(r"\[.*\]|\\|[a-z][a-z0-9+.-]*:/", re.IGNORECASE | re.DOTALL)
 
 
 def find(path: str, field: str = "--workdir") -> epath.Path:
-    """A directory that the user names, absolute; gs:// names stay as they are.
+    """A directory that the user names, absolute, with `~` for the home directory; gs:// names stay as they are.
 
-    Raises a UserError for other stores, where the package that reads gs:// is missing, and for a bucket that is not
-    there or cannot be reached.
+    Raises a UserError for names under which checkpoints cannot be read again, for other stores, where the package that
+    reads gs:// is missing, and for a bucket that is not there or cannot be reached.
     """
     if "://" not in path:
-        return epath.Path(os.path.abspath(path))
+        path = os.path.abspath(os.path.expanduser(path))
+        _check_readable(path, path, field)
+        return epath.Path(path)
     if not path.startswith(SCHEME) or not path.removeprefix(SCHEME).strip("/"):
         raise UserError(f"{field}={path!r}: expected a local directory or {SCHEME}bucket/path.")
-    if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+    if not importlib.util.find_spec("gcsfs"):
         raise UserError(f'{field}={path!r}: {SCHEME} needs the package gcsfs: pip install "lmboost[gcs]".')
     # gcsfs remembers what a directory holds, but what tensorstore or another host writes there is seen, too.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
@@ -37,7 +42,38 @@ def find(path: str, field: str = "--workdir") -> epath.Path:
             f"{field}={path!r}: there is no {bucket}, or it is empty and your credentials do not let you ask for it "
             "(storage.buckets.get). Mend its name, or make it first."
         )
+    _check_readable(path.removeprefix(SCHEME), path, field)
     return epath.Path(path)
+
+
+def _check_readable(name: str, path: str, field: str) -> None:
+    try:
+        name.encode("utf-8")
+        wrong = _UNREADABLE.search(name)
+    except UnicodeEncodeError:
+        wrong = True
+    if wrong or "\0" in name:
+        what = repr(wrong[0]) if isinstance(wrong, re.Match) else "bytes that are not UTF-8"
+        raise UserError(
+            f"{field}={path!r} holds {what}: checkpoints with that in their path cannot be read again. Give a path "
+            "without brackets, backslashes, colons before a slash, and bytes that are not UTF-8."
+        )
+
+
+def refuse_links(directory: epath.Path, field: str) -> None:
+    """Raises a UserError where an entry of a directory that is written to is a link: it may lead anywhere.
+
+    The directory itself may be one. A link that a user has made on purpose can be a mount, or the whole directory.
+    """
+    if "://" in os.fspath(directory) or not os.path.isdir(directory):
+        return
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                raise UserError(
+                    f"{field}={directory}: {entry.path} is a link to {os.readlink(entry.path)!r}, and what is written "
+                    "to a directory must not land elsewhere. Remove the link, or make the whole directory one."
+                )
 
 
 @functools.cache
@@ -76,10 +112,31 @@ def whole_file(path: str | os.PathLike) -> Iterator[epath.Path]:
         yield path
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    create(partial, b"")
     try:
         yield partial
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)
+        sync_directory(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def create(path: epath.Path, content: bytes) -> None:
+    """Makes a file that is not there yet, not even as a link; a FileExistsError where it is. In a bucket, too."""
+    if "://" not in os.fspath(path):
+        with open(path, "xb") as file:
+            file.write(content)
+        return
+    store, name = fsspec.core.url_to_fs(os.fspath(path))
+    store.pipe_file(name, content, mode="create")  # a precondition of the request: of several askers one succeeds
+
+
+def sync_directory(directory: str | os.PathLike) -> None:
+    """Has the names in a local directory outlive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,14 +1,16 @@
 """A model as a directory of its own, which no run of training writes: all of it, or nothing."""
 
 import contextlib
+import errno
 import os
 import pathlib
+import secrets
 import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lmboost import checkpoint
+from lmboost import checkpoint, places
 from lmboost.data import records
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError
@@ -16,13 +18,30 @@ from lmboost.hf import reader, tokenizer_files
 
 
 def find_target(out: str) -> pathlib.Path:
-    """The directory that `--out` names, to be made; it may exist if it is empty."""
+    """The directory that `--out` names, to be made; it may exist if it is empty. Of a link it is where that leads."""
     if "://" in out:
         raise UserError(f"--out={out!r}: expected a local directory.")
-    target = pathlib.Path(out.removeprefix(reader.PREFIX)).expanduser().absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--out={out!r} exists and is not empty: choose another directory, or remove it.")
+    if out.startswith(reader.PREFIX):
+        target = pathlib.Path(out.removeprefix(reader.PREFIX)).expanduser().resolve()
+    else:
+        target = pathlib.Path(places.find(out, "--out")).resolve()
+    check_target(target, f"--out={out!r}")
     return target
+
+
+def check_target(target: pathlib.Path, given: str) -> None:
+    """Raises a UserError where a directory cannot be put in the place of `target`, which is no link."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise UserError(f"{given} exists and is not empty: choose another directory, or remove it.")
+    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    try:  # what will be done at the end
+        os.rename(target, aside)
+        os.rename(aside, target)
+    except OSError as error:
+        why = "is a mount point" if error.errno in (errno.EBUSY, errno.EXDEV) else f"cannot be replaced ({error})"
+        raise UserError(f"{given} {why}: name a directory inside it, such as {target / 'made'}.") from error
 
 
 @contextlib.contextmanager
@@ -31,12 +50,13 @@ def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
 
     Raises a UserError where the disk is full or can't be written.
     """
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
     try:
         with records.disk_errors(partial):
             yield partial
+            check_target(target, str(target))  # it was free before; another may have been faster
             os.replace(partial, target)
+            places.sync_directory(target.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -5,6 +5,8 @@ clock) is agreed upon, because all of them save at the same step or none does.
 """
 
 import dataclasses
+import itertools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -101,15 +103,20 @@ class Checkpointer:
         if not damaged:
             return
         for step, error in damaged:
-            target = self._run.workdir / f"damaged-{step}"
+            target = self._aside(step)
             processes.warn(f"{error} It is put aside as {target}, and the one before it is used.")
             if jax.process_index() == 0:
-                if target.exists():
-                    target.rmtree()
                 self._run.at(step).rename(target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are put aside")
         self._manager.reload()
+
+    def _aside(self, step: int) -> epath.Path:
+        """A place for a damaged checkpoint, where none is yet."""
+        for n in itertools.count():
+            path = self._run.workdir / (f"damaged-{step}-{n}" if n else f"damaged-{step}")
+            if not path.exists() and not os.path.islink(path):
+                return path
 
     def due(self, done: int) -> bool:
         """Whether to save after `done` steps. All processes must ask at every boundary."""

@@ -27,12 +27,13 @@ class Appender:
       limit: of records in memory.
 
     Raises:
-      OSError: the file cannot be opened.
+      OSError: the file cannot be opened, or is a link.
     """
 
     def __init__(self, path: str, limit: int = 100_000):
         self._path, self._limit = path, limit
-        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = open(os.open(path, flags, 0o666), "a+b", buffering=0)  # noqa: SIM115
         self._whole = self._file.seek(0, os.SEEK_END)  # bytes of whole records
         self._waiting: collections.deque[bytes] = collections.deque()
         self._failing = False

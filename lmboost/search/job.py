@@ -10,11 +10,13 @@ The order of candidates depends on the seed and on the losses before, on nothing
 directory goes on where it stopped, and comes to the same end.
 """
 
+import contextlib
 import dataclasses
-import json
+import math
 import os
 import pathlib
 import pprint
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,12 +26,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, sharding, standalone
+from lmboost import checkpoint, places, sharding, standalone
 from lmboost import config as configs
 from lmboost.data import loader, tokenizer
 from lmboost.errors import UserError
 from lmboost.hf.reader import PREFIX
 from lmboost.models.model_config import NEUTRAL, ModelConfig
+from lmboost.run import lock
 from lmboost.search import evolution, fitness, notation, plot
 from lmboost.search.log import Log
 from lmboost.search.space import Orders, Space
@@ -40,13 +43,14 @@ from lmboost.surgery.subnet import Cut
 FIELDS = "seed seq_len init.path init.step data.train data.validation model.vocab_multiple model.dtype".split()
 
 RECIPE = '''\
-"""A cut of {parent}: {params:,} parameters, validation loss {loss:.4f} before it is trained.
+"""A cut of PARENT: {params:,} parameters, validation loss {loss:.4f} before it is trained.
 
-    python -m lmboost.train --config={path} --workdir=DIR
+    python -m lmboost.train --config=winner.py --workdir=DIR
 """
 
 from lmboost import config
 
+PARENT = {parent}
 VALUES = {values}
 
 
@@ -69,10 +73,12 @@ class Parent:
 
 def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print) -> tuple[Cut, float]:
     """Runs the search of a config to its end, from wherever the workdir stands; returns (the best cut, its loss)."""
-    c, out = config.search, pathlib.Path(workdir).absolute()
+    if "://" in workdir:
+        raise UserError(f"--workdir={workdir}: expected a local directory.")
+    c, out = config.search, pathlib.Path(places.find(workdir))
     spec = config.data.validation or config.data.train
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         parent = load_parent(config, spec, mesh)
         rows = fitness.read_rows(spec, config.seq_len, c.rows, mesh)
         cuts = Space.from_config(c, parent.model, _orders(c.sort, parent, rows, mesh))
@@ -87,6 +93,7 @@ def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print)
             f"parent: {parent.model.num_params():,} parameters; cuts of {cuts.low:,} to {cuts.high:,}, each computed "
             f"in {hull.num_params():,}"
         )
+        stack.enter_context(contextlib.closing(lock.Lock(workdir)))
         log = Log(out, _about(config, parent, spec), c.batch)
         _run(c.candidates, method, evaluate, cuts, log, say)
         plot.plot(log.path, out / "best.png")
@@ -175,10 +182,14 @@ def _write_winner(out: pathlib.Path, config: ConfigDict, parent: Parent, cut: Cu
     data = {"tokenizer": parent.saved.tokenizer_fingerprint}
     manifest = {"model": dataclasses.asdict(child), "data": data, "source": source}
     info = loader.info(config.data.validation or config.data.train, "validation")
-    shutil.rmtree(out / "winner", ignore_errors=True)
+    if (out / "winner").exists():  # of an earlier start, or one that had fewer candidates
+        old = out / f"winner.{secrets.token_hex(4)}.partial"
+        os.rename(out / "winner", old)
+        shutil.rmtree(old)
     with standalone.whole(out / "winner") as partial:
         standalone.write_checkpoint(partial, params, manifest, tokenizer.load(info.tokenizer_path))
-    (out / "winner.py").write_text(_recipe(out, config, parent, child, loss))
+    with places.whole_file(out / "winner.py") as partial:
+        partial.write_text(_recipe(out, config, parent, child, loss))
 
 
 def _recipe(out: pathlib.Path, config: ConfigDict, parent: Parent, child: ModelConfig, loss: float) -> str:
@@ -189,9 +200,29 @@ def _recipe(out: pathlib.Path, config: ConfigDict, parent: Parent, child: ModelC
     if c.objective.kd.weight and not c.teacher.path:
         c.teacher.path, c.teacher.step = parent.name, config.init.step
     return RECIPE.format(
-        parent=parent.name,
+        parent=ascii(parent.name),
         params=child.num_params(),
         loss=loss,
-        path=out / "winner.py",
-        values=pprint.pformat(json.loads(c.to_json()), width=110, sort_dicts=False),
+        values=_literal(c.to_dict()),
     )
+
+
+class _Float(float):
+    """A float that is written so that it can be read, infinities too."""
+
+    def __repr__(self) -> str:
+        return super().__repr__() if math.isfinite(self) else f"float({str(float(self))!r})"
+
+
+def _literal(tree: dict[str, Any]) -> str:
+    """The source of a tree of plain values, in ASCII: whatever its texts are, they are data."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(x) for key, x in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(plain, value))
+        return _Float(value) if isinstance(value, float) else value
+
+    source = pprint.pformat(plain(tree), width=110, sort_dicts=False)
+    return source.encode("ascii", "backslashreplace").decode()  # what is not ASCII stands in strings alone

@@ -27,6 +27,12 @@ class Log:
         self.path, self.at_once = directory / "candidates.jsonl", at_once
         self.written = 0
         directory.mkdir(parents=True, exist_ok=True)
+        others = [path for path in directory.iterdir() if not path.name.startswith("lock")]
+        if others and not (directory / "search.json").exists():
+            raise UserError(
+                f"--workdir={directory} holds {others[0].name}, but no search.json: it is no search's. Choose another "
+                "workdir, or remove what is in it."
+            )
         if (directory / "search.json").exists():
             _check_same(directory, json.loads((directory / "search.json").read_text()), about)
         with places.whole_file(directory / "search.json") as partial:
