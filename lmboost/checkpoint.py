@@ -26,13 +26,27 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
-from lmboost import places, sharding
+from lmboost import places, sharding, strict_json
 from lmboost.data import loader
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError
 from lmboost.hf import reader
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
+
+# What is read of manifests and positions, see strict_json.
+_RUN = {"config": dict, "data?": {"fingerprint?": str | None}}
+_ITEMS = {
+    "manifest": {
+        "model": dict,
+        "data": {"tokenizer": str | None},
+        "config?": {
+            "steps": int, "batch_size": int, "seq_len": int, "objective": {"block_tokens": int},
+            "data": {"train": str, "validation?": str},
+        },
+    },
+    "position": {"step": int, "first_row": int, "fingerprints?": dict},
+}  # fmt: skip
 
 
 class Damaged(UserError):
@@ -67,13 +81,8 @@ class Run:
         """What the run is, if it has been started. Raises a UserError where the file is no manifest."""
         if not self.manifest_path.exists():
             return None
-        try:
-            found = json.loads(self.manifest_path.read_bytes())
-        except ValueError:  # of UTF-8, too
-            found = None
-        if not isinstance(found, dict):
-            raise UserError(f"{self.manifest_path} is not a manifest: expected a JSON object. Was it edited by hand?")
-        return found
+        hint = f"It is no run's manifest; a copy of that lies in {self.checkpoints}/STEP/manifest/metadata."
+        return strict_json.read(self.manifest_path, _RUN, hint)
 
 
 def find(path: str, step: int = -1, field: str = "path") -> epath.Path:
@@ -120,7 +129,9 @@ class Saved:
         """The model that `path` names: a run (its checkpoint of `step`, -1: the last), a checkpoint, or "hf:DIR"."""
         directory = find(path, step, field)
         manifest = read_manifest(directory)
-        return cls(path, field, directory, manifest, ModelConfig(**manifest["model"]))
+        where = f"{field}={path!r}: the model in the manifest of {directory}"
+        model = strict_json.make(ModelConfig, manifest["model"], where, "Install that release, or give another model.")
+        return cls(path, field, directory, manifest, model.validate(where))
 
     @property
     def config(self) -> dict[str, Any]:
@@ -268,10 +279,13 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
 
 def read_json(directory: epath.Path, item: str) -> dict[str, Any]:
     """A checkpoint's item ("position", "manifest"); a Damaged where the file cannot be read."""
+    path = directory / item / "metadata"
     try:
-        return json.loads((directory / item / "metadata").read_text())
-    except (OSError, ValueError) as error:
-        raise _damaged(directory / item / "metadata", error) from error
+        return strict_json.read(path, _ITEMS[item], "The checkpoint is damaged.")
+    except UserError as error:
+        raise Damaged(str(error)) from error
+    except OSError as error:
+        raise _damaged(path, error) from error
 
 
 def restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) -> Any:

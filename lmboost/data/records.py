@@ -19,13 +19,19 @@ import zstandard
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from lmboost import places
+from lmboost import places, strict_json
 from lmboost.errors import UserError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 SPLITS = ("train", "validation")
 _NAME = "tokens"  # the data set's name in its file names
+_MANIFEST = {
+    "fingerprint": str, "tokenizer_fingerprint": str, "vocab_size": int, "bos_id": int | None, "eos_id": int | None,
+    "record_tokens": int, "arguments": dict,
+    "splits": {split: {"tokens": int, "documents": int, "records": int} for split in SPLITS},
+    "shards": {split: [dict] for split in SPLITS}, "problems": dict,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +88,15 @@ def serialize(record: Record) -> bytes:
 
 
 def parse(serialized: bytes) -> Record:
-    """Inverse of `serialize`."""
+    """Inverse of `serialize`. Another error, mostly a ValueError, where the bytes are no record."""
     feature = tf_example_pb2.Example.FromString(serialized).features.feature
     tokens = np.frombuffer(feature["tokens"].bytes_list.value[0], "<i4")
-    doc_starts = np.asarray(feature["doc_starts"].int64_list.value, np.int32)
-    return Record(tokens, doc_starts, feature["length"].int64_list.value[0])
+    starts, length = np.asarray(feature["doc_starts"].int64_list.value), feature["length"].int64_list.value[0]
+    if not 0 <= length <= tokens.size or (starts.size and not 0 <= starts[0] <= starts[-1] < length):
+        raise ValueError(f"a record of {tokens.size} tokens has {length} and documents at {starts}")
+    if (starts[1:] <= starts[:-1]).any():
+        raise ValueError("the documents of a record are not in order")
+    return Record(tokens, starts.astype(np.int32), length)
 
 
 def write_shard(path: pathlib.Path, documents: Sequence[np.ndarray], text_bytes: int, record_tokens: int) -> Shard:
@@ -212,14 +222,19 @@ def read_manifest(directory: str | os.PathLike) -> dict:
             f"data {str(directory)!r} is not a prepared data set: no {path}.{hint if partial.is_dir() else ''} "
             f"Make one with python -m lmboost.prepare --out={directory}"
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["shards"] = {split: [Shard(**entry) for entry in manifest["shards"][split]] for split in SPLITS}
-        found = manifest["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): prepare the data again.") from error
-    if found != FORMAT:
+    hint = "Prepare the data again."
+    if (found := strict_json.read(path, {"format": int}, hint)["format"]) != FORMAT:
         raise UserError(f"{path} has format {found}, this version reads {FORMAT}: prepare the data again.")
+    manifest = strict_json.read(path, _MANIFEST, hint)
+    if min(manifest["record_tokens"], manifest["vocab_size"]) < 1:
+        raise UserError(f"{path}: record_tokens and vocab_size must be at least 1. {hint}")
+    for split in SPLITS:
+        entries = [strict_json.make(Shard, entry, f"{path}: a shard", hint) for entry in manifest["shards"][split]]
+        if not entries or any(pathlib.PurePath(entry.file).name != entry.file for entry in entries):
+            raise UserError(f"{path}: shards.{split} are not names of files beside it. {hint}")
+        if any(min(entry.records, entry.positions, entry.file_bytes) < 1 for entry in entries):
+            raise UserError(f"{path}: shards.{split} has a file without records. {hint}")
+        manifest["shards"][split] = entries
     return manifest
 
 

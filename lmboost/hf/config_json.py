@@ -77,7 +77,8 @@ def read(directory: pathlib.Path) -> Published:
     Its compute dtype is bfloat16 where it was published in that, else float32.
     """
     path = directory / "config.json"
-    values = files.read_json(path)
+    kinds = {"architectures?": list | None} | dict.fromkeys(("model_type?", "dtype?", "torch_dtype?"), str | None)
+    values = files.read_json(path, kinds)
     family = _family(path, values)
     dtype = values.get("dtype") or values.get("torch_dtype")
     model = family.model(_keys(path, values, family), "bfloat16" if dtype == "bfloat16" else "float32")

@@ -97,6 +97,7 @@ ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fro
 )
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 ROPE_KEYS = {"rope_theta": 10000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0}
+_ATTENTIONS = ("full_attention", "sliding_attention")
 _LLAMA3 = {  # the numbers of its scaling
     "factor": "rope_scaling_factor", "low_freq_factor": "rope_low_freq_factor",
     "high_freq_factor": "rope_high_freq_factor", "original_max_position_embeddings": "rope_original_seq_len",
@@ -142,11 +143,14 @@ def read_window(c: Keys) -> int:
     """The sliding window of a Qwen config, where it may be that of some layers alone; 0 where there is none."""
     layers, window = c["num_hidden_layers"], c["sliding_window"] if c["use_sliding_window"] else None
     full = min(c["max_window_layers"], layers) if window else layers
-    kinds = c["layer_types"] or ["full_attention"] * full + ["sliding_attention"] * (layers - full)
-    if len(kinds) != layers or len(set(kinds)) != 1 or kinds[0] not in ("full_attention", "sliding_attention"):
-        key, value = ("layer_types", c["layer_types"]) if c["layer_types"] else ("max_window_layers", full)
-        raise c.refuse(key, value, f"expected full_attention or sliding_attention in all {layers} layers alike")
-    if kinds[0] == "full_attention":
+    if given := c["layer_types"]:
+        alike = len(given) == layers and any(given == [kind] * len(given) for kind in _ATTENTIONS)
+    else:
+        alike = full in (0, layers)
+    if not alike:
+        key, value = ("layer_types", given) if given else ("max_window_layers", full)
+        raise c.refuse(key, value, f"expected {' or '.join(_ATTENTIONS)} in all {layers} layers alike")
+    if (given[0] if given else _ATTENTIONS[not full]) == "full_attention":
         return 0
     if not window:
         raise c.refuse("sliding_window", c["sliding_window"], "expected its size, as the layers have a window")

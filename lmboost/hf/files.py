@@ -11,12 +11,13 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from lmboost import strict_json
 from lmboost.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -46,17 +47,14 @@ class Stored:
         return flat.reshape(stop - start, *self.shape[1:])
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else is a UserError."""
+def read_json(path: pathlib.Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON object in a file, with the fields that `strict_json.read` is to expect; else a UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return strict_json.read(path, expected, "Download it again.")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: a Hub directory has one. Download the model again.") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}): download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}, expected a JSON object: download it again.")
-    return content
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend its rights, or download it again.") from error
 
 
 def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
@@ -68,12 +66,12 @@ def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:
         return read_header(directory / WEIGHTS)
     if not (directory / INDEX).is_file():
         raise _no_weights(directory)
-    index = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(index, dict) or not all(isinstance(name, str) for name in index.values()):
-        raise UserError(f"{directory / INDEX} has no weight_map of tensors and files: download it again.")
+    index = read_json(directory / INDEX, {"weight_map": dict})["weight_map"]
+    if not all(isinstance(name, str) for name in index.values()):
+        raise UserError(f"{directory / INDEX}: weight_map is no map of tensors to files. Download it again.")
     tensors: dict[str, Stored] = {}
     for name in sorted(set(index.values())):
-        if pathlib.PurePath(name).name != name or not (directory / name).is_file():
+        if pathlib.PurePath(name).name != name or "\0" in name or not (directory / name).is_file():
             raise UserError(f"{directory / INDEX} names the shard {name!r}, which is not there: download it, too.")
         tensors |= read_header(directory / name)
     for tensor, name in index.items():
@@ -105,18 +103,16 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
             raise damaged(f"{size} bytes cannot hold its header")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        entries = sorted(
-            (*map(int, entry["data_offsets"]), name, entry["dtype"], tuple(map(int, entry["shape"])))
-            for name, entry in header.items()
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged(f"its header is not readable ({type(error).__name__})") from error
+        header = strict_json.parse(file.read(length), f"the header of {path}", {}, "Download it again.")
+    header.pop("__metadata__", None)
+    entry = {"dtype": str, "shape": [int], "data_offsets": [int]}
+    strict_json.check(header, dict.fromkeys(header, entry), f"the header of {path}", "Download it again.")
     tensors, end = {}, 0
-    for start, stop, name, dtype, shape in entries:
+    for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, offsets = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        if len(offsets) != 2 or min(shape, default=0) < 0:
+            raise damaged(f"its header gives {name!r} the offsets {offsets} and the shape {list(shape)}")
+        start, stop = offsets
         width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_SIZES.get(dtype)
         if start != end or stop < start or (width and stop - start != math.prod(shape) * width):
             raise damaged(f"its header gives {name!r} the bytes {start} to {stop} for shape {list(shape)} of {dtype}")

@@ -59,6 +59,11 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
     manifest["data"]["tokenizer"] is the tokenizer's fingerprint, None where the directory has no file of one.
     """
     published = config_json.read(pathlib.Path(directory))
+    if (layers := published.model.num_layers) > (stored := len(files.open_tensors(published.directory))):
+        raise UserError(
+            f"config.json in {directory} speaks of {layers} layers, but only {stored} tensors are stored beside it: "
+            "the two are not of one model."
+        )
     there = any((directory / name).exists() for name in tokenizer_lib.FILE_NAMES.values())
     tokenizer = tokenizer_lib.load(directory) if there else None
     if tokenizer and tokenizer.vocab_size > published.model.vocab_size:

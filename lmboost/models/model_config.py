@@ -6,11 +6,12 @@ a segment, whose parameters are stacked and scanned together; a model of equal l
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmboost.errors import UserError, one_of
+from lmboost.errors import UserError, fraction, number, one_of
 from lmboost.models import attention
 
 NORMS = ("rmsnorm", "layernorm", "layernorm_nobias")
@@ -20,6 +21,16 @@ QK_NORMS = ("none", "head", "full")
 NORM_PLACEMENTS = ("pre", "post")
 REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+# Sizes, and the most that they can be: what an array can have, but of layers less, since each has its place in memory
+# before anything else of the model has.
+MAX_LAYERS = 10_000
+_MOST = {"num_layers": MAX_LAYERS} | dict.fromkeys(
+    (
+        "vocab_size", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "max_seq_len", "vocab_multiple",
+        "rope_original_seq_len",
+    ),
+    2**31 - 1,
+)  # fmt: skip
 # Fields in which a model may differ from the one that it was made of: they change neither its layers nor its function.
 NEUTRAL = ("dtype", "attention", "remat", "init_std", "vocab_multiple")
 
@@ -157,9 +168,14 @@ class ModelConfig:
         choices |= {"attention": attention.IMPLEMENTATIONS}
         for name, known in choices.items():
             one_of(f"{field}.{name}", getattr(self, name), known)
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{field}.{name}={getattr(self, name)} must be at least 1.")
+        for name, most in _MOST.items():
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"{field}.{name}={getattr(self, name)}: expected a number from 1 to {most}.")
+        for name in ("norm_eps", "rope_theta", "rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
+            if not 0 < getattr(self, name) < math.inf:  # false for NaN, too
+                raise UserError(f"{field}.{name}={getattr(self, name)}: expected a finite number above 0.")
+        fraction(f"{field}.rope_fraction", self.rope_fraction)
+        number(f"{field}.init_std", self.init_std)
         self._check_sizes(field)
         if self.sliding_window < 0:
             raise UserError(f"{field}.sliding_window={self.sliding_window} must be 0 (none) or a number of tokens.")
@@ -221,14 +237,16 @@ def parse_sizes(text: str) -> tuple[LayerSizes, ...]:
     """The sizes of each layer in "2*8/4/64/1024,6/2/64/512"; a UserError where a part is not of that form."""
     sizes: list[LayerSizes] = []
     for word in text.split(","):
-        match = re.fullmatch(r"(?:(\d+)\*)?(\d+)/(\d+)/(\d+)/(\d+)", word.strip())
+        match = re.fullmatch(r"(?:(\d{1,5})\*)?(\d{1,9})/(\d{1,9})/(\d{1,9})/(\d{1,9})", word.strip())
         if not match or not all(int(n) for n in match.groups("1")):
             raise UserError(
-                f"model.layer_sizes={text!r}: {word.strip()!r} is not of the form COUNT*HEADS/KV_HEADS/HEAD_DIM/"
-                "MLP_DIM, numbers from 1 on; as in '2*8/4/64/1024,6/2/64/512'."
+                f"model.layer_sizes={text[:200]!r}: {word.strip()[:80]!r} is not of the form COUNT*HEADS/KV_HEADS/"
+                "HEAD_DIM/MLP_DIM, numbers from 1 on; as in '2*8/4/64/1024,6/2/64/512'."
             )
         count, *own = (int(n) for n in match.groups("1"))
         sizes += [LayerSizes(*own)] * count
+        if len(sizes) > MAX_LAYERS:
+            raise UserError(f"model.layer_sizes={text[:200]!r} are more than {MAX_LAYERS} layers.")
     return tuple(sizes)
 
 

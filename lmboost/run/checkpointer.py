@@ -5,7 +5,9 @@ clock) is agreed upon, because all of them save at the same step or none does.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import os
 import time
 from collections.abc import Callable
@@ -136,7 +138,7 @@ class Checkpointer:
         if self._saved == done and self._failure is None:
             return
         trees = {name: ocp.args.StandardSave(tree) for name, tree in split(state).items()}
-        position = ocp.args.JsonSave(position | {"fingerprints": fingerprints(state)})
+        position = ocp.args.JsonSave(position | {"fingerprints": fingerprints(state, position)})
         items = ocp.args.Composite(**trees, position=position, manifest=ocp.args.JsonSave(manifest))
         self._saved, self._time = done, time.monotonic()
         self._failure = None
@@ -241,16 +243,21 @@ def restore_state(directory: epath.Path, like: TrainState, shardings: TrainState
     return _join(**trees), checkpoint.read_json(directory, "position")
 
 
-def fingerprints(state: TrainState) -> dict[str, str]:
-    """What is written beside a state, and what it must have when it is read again."""
-    return {name: checkpoint.fingerprint(tree) for name, tree in split(state).items()}
+def fingerprints(state: TrainState, position: dict[str, Any]) -> dict[str, str]:
+    """What is written beside a state and its position, and what they must have when they are read again."""
+    told = json.dumps(position, sort_keys=True).encode()
+    trees = {name: checkpoint.fingerprint(tree) for name, tree in split(state).items()}
+    return trees | {"position": hashlib.sha256(told).hexdigest()}
 
 
 def check_fingerprints(directory: epath.Path, state: TrainState, position: dict[str, Any]) -> None:
-    """Raises a Damaged where a restored state is not, bit for bit, the one that was saved. All processes must ask."""
-    written = position.pop("fingerprints", None)  # checkpoints of earlier releases have none
-    if written and written != (found := fingerprints(state)):
-        changed = [name for name in found if found[name] != written.get(name)]
+    """Raises a Damaged where a restored state or position is not, bit for bit, what was saved.
+
+    All processes must ask.
+    """
+    written = position.pop("fingerprints", {})  # checkpoints of earlier releases have none, or none of the position
+    found = fingerprints(state, position)
+    if changed := [name for name in found if found[name] != written.get(name, found[name])]:
         raise checkpoint.Damaged(
             f"{directory} has changed since it was written: the bits of {' and '.join(changed)} are others."
         )

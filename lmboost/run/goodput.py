@@ -26,8 +26,8 @@ from lmboost.run import lines
 
 FILE = "goodput.jsonl"
 KINDS = ("start", "restore", "compile", "data", "step", "evaluate", "save")
-_NUMBER = int | float
-_FIELDS = {"attempt": _NUMBER, "step": int, "start_step": int, "time": _NUMBER, "seconds": dict}
+_SECONDS = {"step": float} | {f"{kind}?": float for kind in KINDS}
+_FIELDS = {"attempt": float, "step": int, "start_step": int, "time": float, "seconds": _SECONDS}
 
 
 def process_start() -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from lmboost import places
+from lmboost import places, strict_json
 from lmboost.errors import UserError
 
 
@@ -107,12 +107,14 @@ def encode(values: Mapping[str, Any]) -> bytes:
     return json.dumps(_strict(values), allow_nan=False).encode() + b"\n"
 
 
-def read(path: str | os.PathLike, what: str, fields: Mapping[str, Any], torn: bool = False) -> Iterator[dict[str, Any]]:
+def read(
+    path: str | os.PathLike, what: str, expected: Mapping[str, Any], torn: bool = False
+) -> Iterator[dict[str, Any]]:
     """The objects of a file in order; a last line that is half written is left out. Reads gs://, too.
 
     Args:
       what: a line is, for the error.
-      fields: that every object has, with their types.
+      expected: the fields of every object, see `strict_json`.
       torn: whether lines that are no JSON are passed over: kills left them, and `Lines` went on after them.
 
     Raises a UserError naming the line where another one is not such an object.
@@ -121,15 +123,17 @@ def read(path: str | os.PathLike, what: str, fields: Mapping[str, Any], torn: bo
         for number, line in enumerate(file, 1):
             try:
                 values = json.loads(line)
-            except ValueError:  # of UTF-8, too
+            except (ValueError, RecursionError):  # of UTF-8, too
                 if torn:
                     continue
-                values = None
-            if isinstance(values, dict) and all(isinstance(values.get(k), kind) for k, kind in fields.items()):
+                wrong = "it is no JSON"
+            else:
+                wrong = strict_json.mismatch(values, expected)
+            if not wrong:
                 yield values
             elif line.endswith(b"\n"):
                 raise UserError(
-                    f"{path}, line {number}, is not {what}: mend or remove that line, or move the file away."
+                    f"{path}, line {number}, is not {what} ({wrong}): mend or remove that line, or move the file away."
                 )
 
 

@@ -19,6 +19,9 @@ from lmboost.errors import UserError
 from lmboost.run import lines
 
 FILE = "metrics.jsonl"
+# Of its lines, what is read again; NaN and infinities were written as null.
+_READ = ("tokens", "flops", "val_loss", "val_perplexity", "val_bits_per_byte")
+_EXPECTED = {"step": int} | {f"{name}?": float | None for name in _READ}
 Counted = Mapping[str, tuple[Any, Any]]  # name -> (sum, count)
 
 
@@ -111,7 +114,7 @@ def read(workdir: str) -> Iterator[dict[str, Any]]:
 
     Raises a UserError naming the line where another one is not a JSON object with a step.
     """
-    return lines.read(places.find(workdir) / FILE, "a JSON object with a step", {"step": int})
+    return lines.read(places.find(workdir) / FILE, "a JSON object with a step", _EXPECTED)
 
 
 def take_over(directory: str, run: epath.Path, step: int) -> None:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmboost import config as configs
-from lmboost import places
+from lmboost import places, strict_json
 from lmboost.errors import UserError
 from lmboost.run import lines
 from lmboost.search import notation
 from lmboost.surgery.subnet import Cut
 
+_ABOUT = {"config": dict, "parent": dict, "data": str}
 MORE = "search.candidates"  # the one field that may differ: it is raised to go on
 
 
@@ -34,10 +35,11 @@ class Log:
                 "workdir, or remove what is in it."
             )
         if (directory / "search.json").exists():
-            _check_same(directory, json.loads((directory / "search.json").read_text()), about)
+            old = strict_json.read(directory / "search.json", _ABOUT, "Choose another workdir.")
+            _check_same(directory, old, about)
         with places.whole_file(directory / "search.json") as partial:
             partial.write_text(json.dumps(about, indent=1))
-        fields = {"candidate": int, "loss": int | float | None, "cut": dict}
+        fields = {"candidate": int, "loss": float | None, "cut": dict}
         self._old = list(lines.read(self.path, "a candidate", fields)) if self.path.exists() else []
         lines.rewrite(self.path, self._old)  # without what a kill left half written
 

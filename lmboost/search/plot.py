@@ -1,15 +1,16 @@
 """The losses of a search's candidates, and the best of them so far."""
 
-import json
 import pathlib
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from lmboost.run import lines
+
 
 def plot(log: pathlib.Path, path: pathlib.Path) -> None:
     """Draws candidates.jsonl."""
-    losses = np.array([json.loads(line)["loss"] for line in log.read_text().splitlines()], float)
+    losses = np.array([line["loss"] for line in lines.read(log, "a candidate", {"loss": float | None})], float)
     count, best = np.arange(1, len(losses) + 1), np.fmin.accumulate(losses)
     figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()

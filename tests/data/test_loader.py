@@ -263,5 +263,5 @@ def test_damaged_shards_are_named(tmp_path, prepared, workers):
     with pytest.raises(UserError, match=f"{shard.name} is missing"):
         loader_lib.Loader(str(tmp_path / "data"), "train", 64, workers=workers)
     (tmp_path / "data/manifest.json").write_text("{")
-    with pytest.raises(UserError, match=r"manifest.json is damaged"):
+    with pytest.raises(UserError, match=r"manifest.json is not readable JSON"):
         loader_lib.info(str(tmp_path / "data"))

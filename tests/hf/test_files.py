@@ -84,11 +84,12 @@ DAMAGE = {
     "header cut": (lambda d: cut(d / "model.safetensors", 100), "damaged: 100 bytes cannot hold its header"),
     "empty": (lambda d: cut(d / "model.safetensors", 0), "damaged: 0 bytes cannot hold"),
     "not safetensors": (
-        lambda d: (d / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"x" * 100), "header is not readable",
+        lambda d: (d / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"x" * 100),
+        "header of .* is not readable JSON",
     ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not readable JSON"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json holds list, expected"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: the whole is a list, expected"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has neither model.safetensors nor model"),
     "pickles": (
         lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
@@ -98,7 +99,7 @@ DAMAGE = {
     "shard elsewhere": (lambda d: with_index(d, x="../model.safetensors"), "names the shard '../model.safetensors'"),
     "index is wrong": (lambda d: with_index(d, x="model-00001-of-00002.safetensors"), "no tensor 'x', which"),
     "index is nothing": (
-        lambda d: (with_index(d), (d / files.INDEX).write_text("{}")), "has no weight_map",
+        lambda d: (with_index(d), (d / files.INDEX).write_text("{}")), "the field weight_map is missing",
     ),
     "left over": (
         lambda d: rewrite(d, lambda x: x | {"model.layers.2.mlp.up_proj.weight": x["model.norm.weight"]}),

@@ -131,9 +131,20 @@ def test_a_run_goes_on_from_the_one_before_and_ends_the_same(workdir, trained, r
 def test_a_position_that_does_not_fit_is_fatal(workdir, recipe, data):
     path = workdir / "checkpoints" / "6" / "position" / "metadata"
     position = json.loads(path.read_text())
+    del position["fingerprints"]["position"]  # as an earlier release wrote it
     path.write_text(json.dumps(position | {"first_row": 7}))
     with pytest.raises(UserError, match="data position"):
         runs.run(recipe, workdir, data, "--config.checkpoint.keep=3")
+
+
+@pytest.mark.parametrize(
+    "change", [lambda text: text.replace('"step"', '"stdp"'), lambda text: text.replace("48", "40")]
+)
+def test_a_position_with_another_bit_is_damage(workdir, reader, capsys, change):
+    path = workdir / "checkpoints" / "6" / "position" / "metadata"
+    assert change(path.read_text()) != path.read_text()
+    path.write_text(change(path.read_text()))
+    assert reader(workdir)[2] == 4 and "put aside as" in capsys.readouterr().err
 
 
 def test_an_unfinished_checkpoint_is_named_and_removed(workdir, reader, capsys):

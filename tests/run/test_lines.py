@@ -18,7 +18,7 @@ VALUES = st.none() | NUMBERS | st.text(max_size=8)
 MORE = st.dictionaries(
     st.text(max_size=3), VALUES | st.dictionaries(st.text(max_size=3), VALUES, max_size=2), max_size=2
 )
-RECORDS = st.lists(st.builds(lambda step, more: more | {"step": step}, st.integers(), MORE), max_size=5)
+RECORDS = st.lists(st.builds(lambda step, more: more | {"step": step}, st.integers(0, 1 << 60), MORE), max_size=5)
 
 
 def append(path, records):
@@ -47,7 +47,7 @@ def test_cut_at_any_byte_and_appended_to_whole_records_come_back_in_order(tmp_pa
     append(path, after)
     assert read(path, torn=True) == kept + after
     if cut and cut not in ends and content[cut - 1] != ord("\n"):
-        with pytest.raises(UserError, match=rf"file, line {len(kept) + 1}, is not a JSON object with a step: mend or"):
+        with pytest.raises(UserError, match=rf"file, line {len(kept) + 1}, is not a JSON object with a step .*: mend"):
             read(path)
 
     path.write_bytes(content[:cut])
