@@ -1,9 +1,11 @@
 """Places that the user names: local directories and gs:// buckets, checked; files that are whole or not there."""
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import os
+import pathlib
 import re
 import secrets
 from collections.abc import Iterator
@@ -98,6 +100,21 @@ def brief(error: Exception) -> str:
     """An error in a line: its kind, and how its message begins."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
+
+
+def check_target(target: pathlib.Path, given: str) -> None:
+    """Raises a UserError where a directory cannot be put in the place of `target`, which is no link."""
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir() or any(target.iterdir()):
+        raise UserError(f"{given} exists and is not empty: choose another directory, or remove it.")
+    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    try:  # what will be done at the end
+        os.rename(target, aside)
+        os.rename(aside, target)
+    except OSError as error:
+        why = "is a mount point" if error.errno in (errno.EBUSY, errno.EXDEV) else f"cannot be replaced ({error})"
+        raise UserError(f"{given} {why}: name a directory inside it, such as {target / 'made'}.") from error
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ import argparse
 import os
 
 from lmboost.data import prepare
+from lmboost.data.sources import MAX_DOCUMENT_BYTES
 from lmboost.errors import run_flags
 
 
@@ -15,9 +16,9 @@ def main() -> None:
     )
     add = parser.add_argument
     sources = (
-        "a quoted glob ('**' descends) of text, code, .jsonl or .parquet files, also .gz and .zst; "
-        "tfds:NAME[/config][:version][?data_dir=...&split=train]; a TFDS directory; or stdlib, the sources of "
-        "Python's own library. May be given several times."
+        "a quoted glob ('**' descends) of text, code, lines of JSON or Parquet files, also compressed; "
+        "tfds:NAME[/config][:version][?data_dir=...&split=train] or tfds:DIRECTORY; or stdlib, the sources of Python's "
+        "own library. May be given several times."
     )
     add("--source", action="append", required=True, help=sources)
     tokenizers = "a SentencePiece .model, a tokenizer.json, a directory with one of them, or train:SIZE"
@@ -25,11 +26,17 @@ def main() -> None:
     add("--out", required=True, help="directory to make; DIR.partial holds unfinished work")
     add("--text_field", default="text", help="field with the text in JSONL, Parquet, TFDS (%(default)s)")
     add("--validation_fraction", type=float, default=0.01, help="share of documents in validation (%(default)s)")
+    validation = (
+        "the documents of validation, where they are not a share of the others; of a single text, without this, it is "
+        "the end. May be given several times."
+    )
+    add("--validation_source", action="append", default=[], help=validation)
     record = "tokens per record; a training sequence length must divide it (%(default)s)"
     add("--record_tokens", type=int, default=8192, help=record)
     add("--seed", type=int, default=0, help="of the order of the documents (%(default)s)")
     add("--shards", type=int, default=0, help="files of the train split; 0 chooses by size (%(default)s)")
     add("--strict", action="store_true", help="invalid UTF-8 is an error instead of U+FFFD")
+    add("--max_document_bytes", type=int, default=MAX_DOCUMENT_BYTES, help="a longer one is an error (%(default)s)")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--workers", type=int, default=cores, help="processes (%(default)s)")
     run_flags(_prepare, parser)

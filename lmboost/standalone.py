@@ -1,7 +1,6 @@
 """A model as a directory of its own, which no run of training writes: all of it, or nothing."""
 
 import contextlib
-import errno
 import os
 import pathlib
 import secrets
@@ -25,23 +24,8 @@ def find_target(out: str) -> pathlib.Path:
         target = pathlib.Path(out.removeprefix(reader.PREFIX)).expanduser().resolve()
     else:
         target = pathlib.Path(places.find(out, "--out")).resolve()
-    check_target(target, f"--out={out!r}")
+    places.check_target(target, f"--out={out!r}")
     return target
-
-
-def check_target(target: pathlib.Path, given: str) -> None:
-    """Raises a UserError where a directory cannot be put in the place of `target`, which is no link."""
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir() or any(target.iterdir()):
-        raise UserError(f"{given} exists and is not empty: choose another directory, or remove it.")
-    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
-    try:  # what will be done at the end
-        os.rename(target, aside)
-        os.rename(aside, target)
-    except OSError as error:
-        why = "is a mount point" if error.errno in (errno.EBUSY, errno.EXDEV) else f"cannot be replaced ({error})"
-        raise UserError(f"{given} {why}: name a directory inside it, such as {target / 'made'}.") from error
 
 
 @contextlib.contextmanager
@@ -54,7 +38,7 @@ def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         with records.disk_errors(partial):
             yield partial
-            check_target(target, str(target))  # it was free before; another may have been faster
+            places.check_target(target, str(target))  # it was free before; another may have been faster
             os.replace(partial, target)
             places.sync_directory(target.parent)
     finally:

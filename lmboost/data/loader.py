@@ -21,6 +21,7 @@ import numpy as np
 from absl import flags
 from array_record.python import array_record_data_source
 
+from lmboost import orphans
 from lmboost.data import records
 from lmboost.data.rows import Rows
 from lmboost.errors import UserError, one_of
@@ -323,7 +324,7 @@ class Loader:
             if not flags.FLAGS.is_parsed():  # in a notebook or a test nobody has; grain's workers read flags
                 flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
-            dataset = dataset.mp_prefetch(options, _outlive_sigterm)
+            dataset = dataset.mp_prefetch(options, _begin_worker)
         iterator = iter(dataset)
         try:
             for batch in iterator:  # copied: grain's workers hand over shared memory, which must not outlive them
@@ -332,6 +333,11 @@ class Loader:
             iterator.close()
 
 
-def _outlive_sigterm(*_: int) -> None:
-    """Some clusters send SIGTERM to all processes of a job. The one that trains ends its workers when it has saved."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _begin_worker(*_: int) -> None:
+    """Has a worker live as long as the process that trains, which ends it when it has saved.
+
+    Some clusters send SIGTERM to all processes of a job, and terminals SIGINT and SIGHUP.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    orphans.end_with_parent()

@@ -6,12 +6,10 @@ when it is done, so the same command continues where it was killed. The last act
 comes out depends on the documents and the arguments, not on the documents' order or the number of workers.
 """
 
-import contextlib
-import fcntl
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import pathlib
@@ -19,12 +17,13 @@ import platform
 import shutil
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent import futures
 
 import numpy as np
 
-from lmboost.data import records, sources
+from lmboost import orphans, places
+from lmboost.data import records, sources, unfinished
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
 
@@ -32,6 +31,12 @@ _RUN_BYTES = 64_000_000  # text that one task holds before it writes to disk
 _SHARD_BYTES = 64_000_000
 _SMALL_SHARD_BYTES = 2_000_000  # a small corpus still gets enough shards to keep some cores busy
 _BATCH_BYTES = 1_000_000  # of text that is tokenised at once
+_SPREAD = {
+    "runs": [{"file": str, "offsets": [int]}],
+    "counts": dict.fromkeys(("invalid", "empty", "validation", "train"), int),
+    "named": {"invalid": [str], "empty": [str]},
+}
+_SHARD = {"shard": dict | None, "empty": int}
 _NAMED = 3  # how many documents a report names
 _LIBRARIES = ("array_record", "numpy", "sentencepiece", "tensorflow_datasets", "tokenizers")
 
@@ -47,6 +52,8 @@ def prepare(
     seed: int = 0,
     shards: int = 0,
     strict: bool = False,
+    validation_source: Sequence[str] = (),
+    max_document_bytes: int = sources.MAX_DOCUMENT_BYTES,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> dict:
@@ -63,6 +70,9 @@ def prepare(
       seed: of the documents' order.
       shards: files of the train split; 0 chooses by size.
       strict: invalid UTF-8 is an error instead of U+FFFD.
+      validation_source: the documents of the validation split, where they are not a share of `source`. Without it, of
+        a single text the end is the validation split.
+      max_document_bytes: a longer document is an error.
       workers: processes.
       report: receives the progress lines.
 
@@ -79,33 +89,53 @@ def prepare(
         "shards": shards,
         "strict": strict,
     }
-    loaded = _check(out, arguments, workers)
+    if validation_source:
+        arguments["validation_source"] = list(validation_source)
+    loaded = _check(out, arguments, workers, max_document_bytes)
     arguments["tokenizer_fingerprint"] = loaded.fingerprint if loaded else None
-    out = pathlib.Path(os.path.abspath(os.path.expanduser(out)))
+    out = pathlib.Path(os.path.realpath(os.path.expanduser(out)))
     partial = out.with_name(out.name + ".partial")
     if (out / records.MANIFEST).is_file():
         manifest = records.read_manifest(out)
         _check_same(out, manifest["arguments"], arguments, "choose another --out, or remove it to make it anew")
-        shutil.rmtree(partial, ignore_errors=True)  # a kill between the last rename and the clearing up leaves it
+        unfinished.clear(partial)  # a kill between the last rename and the clearing up leaves it
         report(f"{out} is already prepared with these arguments: nothing to do.")
         return manifest
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={str(out)!r} exists and is not a prepared data set: choose another --out or remove it.")
-    units = sources.find(source, text_field)
-    with records.disk_errors(partial), _locked(partial):
+    places.check_target(out, f"--out={str(out)!r}")
+    units = _find(arguments, report)
+    with records.disk_errors(partial), unfinished.locked(partial):
         plan = _plan(partial, arguments, units, report)
-        _run(_spread, [(partial, i, unit, plan) for i, unit in enumerate(units)], workers, "read", report)
-        spread = [json.loads(_spread_done(partial, i).read_text()) for i in range(len(units))]
+        tasks = [(partial, i, unit, plan, max_document_bytes) for i, unit in enumerate(units)]
+        _run(_spread, tasks, workers, "read", report)
+        spread = [unfinished.read(_spread_done(partial, i), _SPREAD) for i in range(len(units))]
         _check_spread(partial, spread, plan)
         _keep_tokenizer(partial, loaded, plan, report)
         tasks = [(partial, bucket, plan) for bucket in range(sum(plan["buckets"]))]
         _run(_make_shard, tasks, workers, "tokenised", report)
         manifest = _assemble(partial, out, plan, spread)
-    shutil.rmtree(partial)
+        unfinished.clear(partial)
     return manifest
 
 
-def _check(out: str | os.PathLike, arguments: dict, workers: int) -> tokenizer_lib.Tokenizer | None:
+def _find(arguments: dict, report: Callable[[str], None]) -> list[sources.Unit]:
+    """The units of the sources, each with the split that its documents belong to."""
+    field = arguments["text_field"]
+    units = sources.find(arguments["source"], field)
+    if validation := arguments.get("validation_source"):
+        parts = ((units, "train"), (sources.find(validation, field), "validation"))
+        return [dataclasses.replace(unit, part=part) for units, part in parts for unit in units]
+    if not sources.one_text(units, field):
+        return units
+    share = arguments["validation_fraction"]
+    report(f"{units[0].paths[0]} is one text: its last {share:.1%} are the validation split")
+    return [dataclasses.replace(units[0], part="ends")]
+
+
+def _check(
+    out: str | os.PathLike, arguments: dict, workers: int, max_document_bytes: int
+) -> tokenizer_lib.Tokenizer | None:
     """Checks what can be checked without reading a source; returns the tokenizer, None where one is to be trained."""
     if "://" in str(out):
         raise UserError(f"out={str(out)!r}: expected a local directory; mount the bucket (gcsfuse) and name the mount.")
@@ -113,8 +143,8 @@ def _check(out: str | os.PathLike, arguments: dict, workers: int) -> tokenizer_l
         raise UserError("source is empty: give at least one --source.")
     if not 0 < arguments["validation_fraction"] < 1:
         raise UserError(f"validation_fraction={arguments['validation_fraction']}: expected a number between 0 and 1.")
-    numbers = arguments | {"workers": workers}
-    for name, low in (("record_tokens", 2), ("shards", 0), ("seed", 0), ("workers", 1)):
+    numbers = arguments | {"workers": workers, "max_document_bytes": max_document_bytes}
+    for name, low in (("record_tokens", 2), ("shards", 0), ("seed", 0), ("workers", 1), ("max_document_bytes", 1)):
         if numbers[name] < low:
             raise UserError(f"{name}={numbers[name]}: expected at least {low}.")
     if arguments["tokenizer"].startswith("train:"):
@@ -143,20 +173,6 @@ def _check_same(directory: pathlib.Path, made_with: dict, arguments: dict, remed
         raise UserError(f"{directory} was made with other arguments ({changes}): {remedy}.")
 
 
-@contextlib.contextmanager
-def _locked(partial: pathlib.Path) -> Iterator[None]:
-    """Holds `partial`, so that two runs never write the same data set."""
-    partial.mkdir(parents=True, exist_ok=True)
-    with open(partial / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{partial} is in use by another run of prepare: wait for it or choose another --out."
-            ) from error
-        yield
-
-
 def _plan(partial: pathlib.Path, arguments: dict, units: Sequence[sources.Unit], report: Callable) -> dict:
     """What the run will do, kept on disk; goes on with an earlier run's work where nothing has changed."""
     size = sum(unit.size for unit in units)
@@ -164,9 +180,9 @@ def _plan(partial: pathlib.Path, arguments: dict, units: Sequence[sources.Unit],
     validation = max(1, round(train * arguments["validation_fraction"]))
     digest = hashlib.sha256(repr(list(units)).encode()).hexdigest()
     plan = {"arguments": arguments, "buckets": [train, validation], "units": digest}
-    path = partial / "plan.json"
+    path = partial / unfinished.PLAN
     if path.is_file():
-        earlier = json.loads(path.read_text())
+        earlier = unfinished.read(path, {"arguments": dict})
         if earlier == plan:
             report(f"continuing the unfinished work in {partial}")
             return plan
@@ -175,9 +191,7 @@ def _plan(partial: pathlib.Path, arguments: dict, units: Sequence[sources.Unit],
                 partial, earlier["arguments"], arguments, "repeat those to continue, or remove it to start over"
             )
         report(f"sources or arguments have changed since {partial} was begun: starting over")
-    for stale in partial.iterdir():
-        if stale.name != "lock":
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+    unfinished.empty(partial)
     for name in ("spread", "shards"):
         (partial / name).mkdir()
     records.write_json(path, plan)
@@ -200,8 +214,7 @@ def _run(task: Callable, arguments: list[tuple], workers: int, done: str, report
             tell(count)
         return
     context = multiprocessing.get_context("spawn")
-    single = ("TOKENIZERS_PARALLELISM", "false")  # the library would start a thread per core in each process
-    pool = futures.ProcessPoolExecutor(min(workers, len(arguments)), context, os.putenv, single)
+    pool = futures.ProcessPoolExecutor(min(workers, len(arguments)), context, _begin_worker)
     try:
         pending = [pool.submit(task, *each) for each in arguments]
         for count, future in enumerate(futures.as_completed(pending), 1):
@@ -216,11 +229,16 @@ def _run(task: Callable, arguments: list[tuple], workers: int, done: str, report
         pool.shutdown(cancel_futures=True)
 
 
+def _begin_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library would start a thread per core in each process
+    orphans.end_with_parent()
+
+
 def _spread_done(partial: pathlib.Path, index: int) -> pathlib.Path:
     return partial / "spread" / f"{index:06d}.json"
 
 
-def _spread(partial: pathlib.Path, index: int, unit: sources.Unit, plan: dict) -> None:
+def _spread(partial: pathlib.Path, index: int, unit: sources.Unit, plan: dict, most: int) -> None:
     """Divides a unit's documents into buckets, in runs: one file each, the buckets one after the other in it."""
     if _spread_done(partial, index).is_file():
         return
@@ -236,7 +254,7 @@ def _spread(partial: pathlib.Path, index: int, unit: sources.Unit, plan: dict) -
         for bucket in buckets:
             bucket.clear()
 
-    for document in sources.read(unit, arguments["text_field"]):
+    for document in sources.read(unit, arguments["text_field"], arguments["validation_fraction"], most):
         problems = [name for name, there in (("invalid", not document.valid), ("empty", not document.text)) if there]
         if not document.valid and arguments["strict"]:
             raise UserError(f"{document.origin}: not valid UTF-8. Mend or exclude it, or leave out --strict.")
@@ -246,7 +264,8 @@ def _spread(partial: pathlib.Path, index: int, unit: sources.Unit, plan: dict) -
         if not document.text:
             continue
         raw = document.text.encode("utf-8")
-        bucket = records.bucket_of(hashlib.sha256(raw).digest(), arguments["validation_fraction"], train, validation)
+        share = {"train": 0.0, "validation": 1.0}.get(document.split, arguments["validation_fraction"])
+        bucket = records.bucket_of(hashlib.sha256(raw).digest(), share, train, validation)
         buckets[bucket].append(raw)
         counts["train" if bucket < train else "validation"] += 1
         held += len(raw)
@@ -263,18 +282,19 @@ def _check_spread(partial: pathlib.Path, spread: Sequence[dict], plan: dict) -> 
     total, fraction = sum(counts.values()), plan["arguments"]["validation_fraction"]
     for split in records.SPLITS:
         if not counts[split]:
-            shutil.rmtree(partial)  # nothing in it can serve other arguments
+            unfinished.clear(partial)  # nothing in it can serve other arguments
             if not total:
                 raise UserError(f"source={plan['arguments']['source']}: every document is empty, there is no text.")
             raise UserError(
                 f"validation_fraction={fraction}: none of the {total} documents falls in the {split} split. "
-                f"{'Lower' if split == 'train' else 'Raise'} --validation_fraction or give more documents."
+                f"{'Lower' if split == 'train' else 'Raise'} --validation_fraction, give more documents, or those of "
+                "the validation split by themselves with --validation_source."
             )
 
 
 def _bucket_documents(partial: pathlib.Path, bucket: int, seed: int) -> list[bytes]:
     """A bucket's documents as UTF-8, in the order of a hash of seed and text."""
-    spread = [json.loads(path.read_text()) for path in sorted((partial / "spread").glob("*.json"))]
+    spread = [unfinished.read(path, _SPREAD) for path in sorted((partial / "spread").glob("*.json"))]
     documents = []
     for run in (run for each in spread for run in each["runs"]):
         start, stop = run["offsets"][bucket : bucket + 2]
@@ -337,7 +357,7 @@ def _assemble(partial: pathlib.Path, out: pathlib.Path, plan: dict, spread: Sequ
     arguments, (train, validation) = plan["arguments"], plan["buckets"]
     target = partial / "out"
     target.mkdir(exist_ok=True)
-    made = [json.loads((partial / "shards" / f"{i:06d}.json").read_text()) for i in range(train + validation)]
+    made = [unfinished.read(partial / "shards" / f"{i:06d}.json", _SHARD) for i in range(train + validation)]
     shards: dict[str, list[records.Shard]] = {}
     for split, entries in (("train", made[:train]), ("validation", made[train:])):
         full = [records.Shard(**entry["shard"]) for entry in entries if entry["shard"]]

@@ -1,41 +1,44 @@
 """Documents from files: text and code by glob, JSONL, Parquet, TFDS, and the Python standard library.
 
-`find` turns what the user names into units, each of which `read` can read on its own in another process.
+`find` turns what the user names into units, each of which `read` can read on its own in another process. What a file
+holds is said by its bytes, see `formats`.
 """
 
-import contextlib
 import dataclasses
-import glob
-import gzip
 import io
 import json
 import math
 import os
 import pathlib
-import sysconfig
 import urllib.parse
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from lmboost import strict_json
+from lmboost.data import files, formats
 from lmboost.errors import UserError
 
 _UNIT_BYTES = 16_000_000  # text per unit where a source can be divided
 _UNIT_FILES = 256
 _COMPRESSION = 4  # how much larger than its file compressed text is taken to be; only sizes the shards
-_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"})
+MAX_DOCUMENT_BYTES = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One text. `valid` is False where bytes that are not UTF-8 became U+FFFD."""
+    """One text.
+
+    `valid` is False where bytes that are not UTF-8 became U+FFFD. `split` is the one it belongs to, where its hash does
+    not decide.
+    """
 
     text: str
     origin: str
     valid: bool = True
+    split: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Unit:
       size: estimated bytes of text.
       start, stop: row groups ("parquet") or examples ("tfds").
       split: the TFDS split.
+      part: the split of the data set that all of its documents belong to; "": their hashes decide; "ends": the text
+        that it is begins in one and ends in the other.
     """
 
     kind: str
@@ -58,29 +63,30 @@ class Unit:
     start: int = 0
     stop: int = 0
     split: str = ""
+    part: str = ""
 
 
 def find(sources: Sequence[str], text_field: str = "text") -> list[Unit]:
-    """The units of `sources`, in a fixed order; a file that two sources name is read once.
+    """The units of `sources`, in a fixed order; a file that has two names is read once.
 
-    A source is a glob (`**` allowed) of text, code, `.jsonl`, `.parquet` files, also `.gz` and `.zst`; a TFDS
-    directory; `tfds:NAME[/config][:version][?data_dir=...&split=train]`; or `stdlib`.
+    A source is a glob (`**` allowed) of files of text, code, lines of JSON, or Parquet, also compressed;
+    `tfds:NAME[/config][:version][?data_dir=...&split=train]` or `tfds:DIRECTORY`; or `stdlib`.
     """
-    files: dict[str, None] = {}
+    known: dict[tuple[int, int], str] = {}  # by what the file system knows them as
     units: list[Unit] = []
     for source in sources:
-        if source == "stdlib":
-            files.update(dict.fromkeys(_standard_library()))
-        elif source.startswith("tfds:") or (pathlib.Path(source) / "features.json").is_file():
+        if source.startswith("tfds:"):
             units.extend(_tfds_units(source, text_field))
-        else:
-            files.update(dict.fromkeys(_matches(source)))
+            continue
+        for path in files.standard_library() if source == "stdlib" else files.matches(source):
+            status = os.stat(path)
+            known.setdefault((status.st_dev, status.st_ino), path)
     texts = []
-    for path in files:
-        kind = _kind(path)
-        if kind == "parquet":
+    for path in known.values():
+        formats.refuse_tables(path)
+        if formats.is_parquet(path):
             units.extend(_parquet_units(path, text_field))
-        elif kind == "jsonl":
+        elif formats.is_json_lines(path):
             units.append(Unit("jsonl", (path,), (_stamp(path),), _text_size(path)))
         else:
             texts.append(path)
@@ -100,41 +106,50 @@ def grouped(items: Sequence, size: Callable[[Any], int], enough: int, most: floa
             group, total = [], 0
 
 
-def read(unit: Unit, text_field: str = "text") -> Iterator[Document]:
-    """The documents of a unit, in order; an unreadable file or a malformed entry is a UserError naming it."""
+def one_text(units: Sequence[Unit], text_field: str) -> bool:
+    """Whether the units are one file of text, a book say, which no hash can divide between the splits."""
+    if len(units) != 1 or units[0].kind != "text" or len(units[0].paths) != 1:
+        return False
+    (path,) = units[0].paths
+    with formats.readable(path), formats.open_text(path) as file:
+        return not formats.begins_with_json(file, text_field)
+
+
+def read(
+    unit: Unit, text_field: str = "text", validation_fraction: float = 0.0, most: int = MAX_DOCUMENT_BYTES
+) -> Iterator[Document]:
+    """The documents of a unit, in order.
+
+    Args:
+      validation_fraction: of a text that ends in the validation split, its share there.
+      most: bytes of a document, or of a line of JSON that holds one.
+
+    Raises a UserError, naming the file, where it can't be read, is no text, has a malformed entry, or too long a one.
+    """
     reader = {"text": _read_texts, "jsonl": _read_jsonl, "parquet": _read_parquet, "tfds": _read_tfds}[unit.kind]
-    return reader(unit, text_field)
+    for document in reader(unit, text_field, most):
+        if len(document.text) > most:
+            raise _too_long(document.origin, most)
+        if unit.part == "ends":
+            yield from _divide(document, validation_fraction)
+        else:
+            yield dataclasses.replace(document, split=unit.part)
 
 
-def _matches(pattern: str) -> list[str]:
-    expanded = os.path.expanduser(pattern)
-    if os.path.isdir(expanded):
-        raise UserError(f"source={pattern!r} is a directory: give a glob of its files, such as '{pattern}/**/*.txt'.")
-    found = sorted(path for path in glob.glob(expanded, recursive=True) if os.path.isfile(path))
-    if os.path.isfile(expanded):  # a name with brackets in it is no glob
-        found = [expanded]
-    if not found:
-        raise UserError(
-            f"source={pattern!r} matches no file. Give a glob (quote it, '**' descends), a TFDS directory, "
-            f"tfds:NAME or stdlib."
-        )
-    return found
+def _divide(document: Document, validation_fraction: float) -> Iterator[Document]:
+    """The beginning and the end of a text, divided where a line or at least a word ends."""
+    text = document.text
+    wanted = round(len(text) * (1 - validation_fraction))
+    at = next((i + 1 for mark in "\n ." if (i := text.rfind(mark, wanted - wanted // 10, wanted)) > 0), wanted)
+    for part, split in ((text[:at], "train"), (text[at:], "validation")):
+        yield dataclasses.replace(document, text=part, split=split)
 
 
-def _standard_library() -> list[str]:
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    inside = (path.relative_to(root) for path in root.rglob("*.py"))
-    found = sorted(path for path in inside if not _NOT_LIBRARY.intersection(path.parts))
-    if not found:
-        raise UserError(f"source='stdlib': {root} holds no .py files; this interpreter ships without its sources.")
-    return [str(root / path) for path in found]
-
-
-def _kind(path: str) -> str:
-    name = path.removesuffix(".gz").removesuffix(".zst")
-    if name.endswith((".jsonl", ".ndjson")):
-        return "jsonl"
-    return "parquet" if name.endswith(".parquet") else "text"
+def _too_long(origin: str, most: int) -> UserError:
+    return UserError(
+        f"{origin} has a document of more than {most:,} bytes (--max_document_bytes). Divide or exclude it, or allow "
+        "longer ones."
+    )
 
 
 def _stamp(path: str) -> tuple[int, int]:
@@ -143,7 +158,7 @@ def _stamp(path: str) -> tuple[int, int]:
 
 
 def _text_size(path: str) -> int:
-    return os.path.getsize(path) * (_COMPRESSION if path.endswith((".gz", ".zst")) else 1)
+    return os.path.getsize(path) * (_COMPRESSION if formats.is_compressed(path) else 1)
 
 
 def _decode(raw: bytes) -> tuple[str, bool]:
@@ -169,38 +184,32 @@ def _document(value: str | bytes | None, origin: str, valid: bool = True) -> Doc
     return Document(value, origin, valid)
 
 
-def _open(path: str) -> io.BufferedIOBase:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rb")
-    if path.endswith(".zst"):  # of any number of frames; unlike zstandard's, this reader refuses a file that is cut off
-        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), 1 << 18)
-    return open(path, "rb")
-
-
-@contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-    """A UserError that names the file where it can't be read."""
-    try:
-        yield
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path} can't be read: {reason}. Mend, remove or exclude the file.") from error
-
-
-def _read_texts(unit: Unit, text_field: str) -> Iterator[Document]:
-    del text_field
+def _read_texts(unit: Unit, text_field: str, most: int) -> Iterator[Document]:
     for path in unit.paths:
-        with _readable(path), _open(path) as file:
-            raw = file.read()
-        yield _document(raw, path)
+        with formats.readable(path), formats.open_text(path) as file:
+            if formats.begins_with_json(file, text_field):
+                yield from _json_documents(file, path, text_field, most)
+                continue
+            if len(raw := file.read(most + 1)) > most:
+                raise _too_long(path, most)
+            yield _document(raw, path)
 
 
-def _read_jsonl(unit: Unit, text_field: str) -> Iterator[Document]:
+def _read_jsonl(unit: Unit, text_field: str, most: int) -> Iterator[Document]:
     (path,) = unit.paths
-    with _readable(path), _open(path) as file:
-        for number, raw in enumerate(file, 1):
-            if raw.strip():
-                yield _json_document(raw, f"{path}:{number}", text_field)
+    with formats.readable(path), formats.open_text(path) as file:
+        yield from _json_documents(file, path, text_field, most)
+
+
+def _json_documents(file: io.BufferedReader, path: str, text_field: str, most: int) -> Iterator[Document]:
+    number = 0
+    while raw := file.readline(most + 1):
+        number += 1
+        if len(raw) > most:
+            raise _too_long(f"{path}:{number}", most)
+        raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+        if raw.strip():
+            yield _json_document(raw, f"{path}:{number}", text_field)
 
 
 def _json_document(raw: bytes, origin: str, text_field: str) -> Document:
@@ -208,7 +217,10 @@ def _json_document(raw: bytes, origin: str, text_field: str) -> Document:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{origin}: not valid JSON: {error}. Expected one JSON object per line.") from error
+        raise UserError(
+            f"{origin}: not valid JSON: {error}. Expected one JSON object per line; `jq -c` makes lines of objects, "
+            "`jq -c '.[]'` of one list."
+        ) from error
     if not isinstance(entry, dict):
         raise UserError(f"{origin}: expected a JSON object, found {type(entry).__name__}.")
     if text_field not in entry:
@@ -218,7 +230,7 @@ def _json_document(raw: bytes, origin: str, text_field: str) -> Document:
 
 
 def _parquet_units(path: str, text_field: str) -> list[Unit]:
-    with _readable(path), pyarrow.parquet.ParquetFile(path) as file:
+    with formats.readable(path), pyarrow.parquet.ParquetFile(path) as file:
         names = file.schema_arrow.names
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
     if text_field not in names:
@@ -227,9 +239,10 @@ def _parquet_units(path: str, text_field: str) -> list[Unit]:
     return [Unit("parquet", (path,), (_stamp(path),), sum(sizes[i] for i in run), run[0], run[-1] + 1) for run in runs]
 
 
-def _read_parquet(unit: Unit, text_field: str) -> Iterator[Document]:
+def _read_parquet(unit: Unit, text_field: str, most: int) -> Iterator[Document]:
+    del most
     (path,) = unit.paths
-    with _readable(path), pyarrow.parquet.ParquetFile(path) as file:
+    with formats.readable(path), pyarrow.parquet.ParquetFile(path) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
         groups = list(range(unit.start, unit.stop))
         for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
@@ -275,6 +288,13 @@ def _tfds_units(source: str, text_field: str) -> list[Unit]:
 def _tfds_builder(source: str, name: str, data_dir: str | None):
     import tensorflow_datasets as tfds  # only where TFDS is asked for: its import is slow
 
+    base, _, version = name.partition(":")
+    for directory in (name, os.path.join(data_dir or "~/tensorflow_datasets", base)):
+        _check_features(os.path.expanduser(directory))
+    if version and not version[0].isdigit() and not os.path.isdir(os.path.expanduser(name)):
+        raise UserError(
+            f"source={source!r} is of a namespace, whose code TFDS would run: download it and give tfds:DIR."
+        )
     try:
         if os.path.isdir(os.path.expanduser(name)):
             return tfds.builder_from_directory(os.path.expanduser(name))
@@ -285,10 +305,35 @@ def _tfds_builder(source: str, name: str, data_dir: str | None):
         raise UserError(f"source={source!r}: TFDS can't open it: {type(error).__name__}: {error}") from error
 
 
-def _read_tfds(unit: Unit, text_field: str) -> Iterator[Document]:
+def _check_features(directory: str) -> None:
+    """Raises a UserError where a features.json names a class that is not TFDS's: to read it would run its module."""
+    for path in pathlib.Path(directory).rglob("features.json") if os.path.isdir(directory) else ():
+        found = strict_json.read(path, {}, "Download the data set again.")
+        if others := sorted(name for name in _classes(found) if not name.startswith("tensorflow_datasets.")):
+            raise UserError(
+                f"{path} names the class {others[0]!r}, and only classes of tensorflow_datasets are imported: prepare "
+                "the data set with those."
+            )
+
+
+def _classes(value: Any) -> Iterator[str]:
+    """All that a features.json gives as the name of a class, at any depth."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in ("pythonClassName", "python_class_name", "type") and isinstance(inner, str) and "." in inner:
+                yield inner
+            yield from _classes(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _classes(inner)
+
+
+def _read_tfds(unit: Unit, text_field: str, most: int) -> Iterator[Document]:
     import tensorflow_datasets as tfds
 
+    del most
     (directory,) = unit.paths
+    _check_features(directory)
     try:
         examples = tfds.builder_from_directory(directory).as_data_source(split=unit.split)
         for i in range(unit.start, unit.stop):

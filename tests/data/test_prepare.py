@@ -1,7 +1,9 @@
 """Preparation: nothing lost, nothing twice, the same content whatever happens on the way."""
 
+import errno
 import itertools
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -16,7 +18,7 @@ import pytest
 import tokenizers
 
 from lmboost.data import prepare as prepare_lib
-from lmboost.data import records
+from lmboost.data import records, unfinished
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
 from tests.compare import content
@@ -258,7 +260,7 @@ def test_a_place_is_made_anew_with_another_tokenizer(tmp_path, corpus, arguments
 
 
 def test_two_runs_at_once(tmp_path, corpus, arguments):
-    with prepare_lib._locked(tmp_path / "data.partial"), pytest.raises(UserError, match=r"data.partial is in use"):
+    with unfinished.locked(tmp_path / "data.partial"), pytest.raises(UserError, match=r"data.partial is in use"):
         quiet(tmp_path / "data", corpus, **arguments)
 
 
@@ -311,3 +313,109 @@ def test_a_full_disk_is_told_by_its_error(tmp_path):
             raise error
     with pytest.raises(RuntimeError, match="^another$"), records.disk_errors(tmp_path):
         raise RuntimeError("another")
+
+
+def texts_of(directory, split):
+    tokenizer = tokenizer_lib.load(directory / "tokenizer")
+    return [tokenizer.decode(each[1:-1]) for shard in documents(directory, split) for each in shard]
+
+
+def test_of_one_text_the_end_is_the_validation_split(tmp_path, texts):
+    (tmp_path / "book.txt").write_text("\n".join(texts))
+    said = []
+    prepare_lib.prepare(
+        tmp_path / "data", [str(tmp_path / "book.txt")], "train:320", validation_fraction=0.2, record_tokens=64,
+        report=said.append,
+    )  # fmt: skip
+    assert any("book.txt is one text: its last 20.0% are the validation split" in line for line in said)
+    (begin,), (end,) = texts_of(tmp_path / "data", "train"), texts_of(tmp_path / "data", "validation")
+    assert begin + end == "\n".join(texts) and begin.endswith("\n")
+    assert len(end) / len(begin + end) == pytest.approx(0.2, abs=0.03)
+
+
+def test_the_validation_split_can_have_a_source_of_its_own(tmp_path, texts):
+    for name, part in (("train", texts[:40]), ("valid", texts[40:60])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    flags = {"tokenizer": "train:320", "record_tokens": 64, "validation_source": [str(tmp_path / "valid.jsonl")]}
+    quiet(tmp_path / "data", str(tmp_path / "train.jsonl"), **flags)
+    assert sorted(texts_of(tmp_path / "data", "train")) == sorted(texts[:40])
+    assert sorted(texts_of(tmp_path / "data", "validation")) == sorted(texts[40:60])
+    with pytest.raises(UserError, match="made with other arguments .validation_source="):
+        quiet(tmp_path / "data", str(tmp_path / "train.jsonl"), **flags | {"validation_source": ["other"]})
+
+
+def test_a_link_to_an_empty_directory_is_filled_and_a_mount_refused_before_the_work(
+    tmp_path, corpus, arguments, prepared, monkeypatch
+):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    quiet(tmp_path / "link", corpus, **arguments)
+    assert content(tmp_path / "real") == content(prepared) and (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"real", "link"}
+    (tmp_path / "mount").mkdir()
+    rename = os.rename
+
+    def busy(old, new):
+        if pathlib.Path(old).name == "mount":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), old)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", busy)
+    monkeypatch.setattr(prepare_lib.sources, "find", lambda *_: pytest.fail("the work has begun"))
+    with pytest.raises(UserError, match=r"mount' is a mount point: name a directory inside it"):
+        quiet(tmp_path / "mount", corpus, **arguments)
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "out/notes.txt", "spread/notes.txt"])
+def test_what_the_user_has_in_the_place_of_unfinished_work_stays(tmp_path, corpus, arguments, name):
+    mine = tmp_path / "data.partial" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    with pytest.raises(UserError, match=rf"data.partial holds '{name.split('/')[0]}', which is not prepare's"):
+        quiet(tmp_path / "data", corpus, **arguments)
+    assert mine.read_text() == "mine"
+
+
+def test_unfinished_work_whose_files_are_no_json_is_named(tmp_path, corpus, arguments):
+    (tmp_path / "data.partial").mkdir()
+    (tmp_path / "data.partial" / "plan.json").write_text("")
+    with pytest.raises(UserError, match=r"plan.json is not readable JSON.*Remove .*data.partial to start over"):
+        quiet(tmp_path / "data", corpus, **arguments)
+
+
+def wait_for_ever():
+    time.sleep(600)
+
+
+def begin_and_wait(connection):
+    """A parent that has a worker as `prepare` has, and tells its process id."""
+    worker = multiprocessing.get_context("spawn").Process(target=_worker)
+    worker.start()
+    connection.send(worker.pid)
+    worker.join()
+
+
+def _worker():
+    prepare_lib._begin_worker()
+    wait_for_ever()
+
+
+def test_workers_end_with_a_parent_that_is_killed():
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    parent = context.Process(target=begin_and_wait, args=(there,))
+    parent.start()
+    worker = here.recv()
+    parent.kill()
+    parent.join()
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            state = pathlib.Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker has outlived its parent")

@@ -1,0 +1,63 @@
+"""OUT.partial, in which `prepare` works: held by one run at a time, and nothing in it that is the user's is touched."""
+
+import contextlib
+import fcntl
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+
+from lmboost import places, strict_json
+from lmboost.errors import UserError
+
+PLAN = "plan.json"  # written first, and removed last
+_MADE = re.compile(r"spread|shards|tokenizer|out|lock|plan\.json(\..*\.tmp)?")
+
+
+@contextlib.contextmanager
+def locked(partial: pathlib.Path) -> Iterator[None]:
+    """Holds `partial`, so that two runs never write the same data set."""
+    partial.mkdir(parents=True, exist_ok=True)
+    if partial.is_symlink():
+        raise UserError(f"{partial} is a link: remove it, or choose another --out.")
+    if others := sorted(path.name for path in partial.iterdir() if not _is_ours(path)):
+        raise UserError(
+            f"{partial} holds {others[0]!r}, which is not prepare's: move it away, or choose another --out."
+        )
+    places.refuse_links(partial, "--out")
+    with open(partial / "lock", "a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{partial} is in use by another run of prepare: wait for it or choose another --out."
+            ) from error
+        yield
+
+
+def _is_ours(path: pathlib.Path) -> bool:
+    there = (path.parent / PLAN).exists() or not path.is_dir() or not any(path.iterdir())
+    return there and bool(_MADE.fullmatch(path.name))
+
+
+def empty(partial: pathlib.Path) -> None:
+    """Removes what was made in `partial`, but for the lock."""
+    ours = [path for path in partial.iterdir() if path.name != "lock" and _is_ours(path)]
+    for path in sorted(ours, key=lambda path: path.name == PLAN):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clear(partial: pathlib.Path) -> None:
+    """Removes what was made in `partial`, and it, if nothing else is in it."""
+    if not partial.exists():
+        return
+    empty(partial)
+    (partial / "lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it is not there, or somebody has put something into it
+        partial.rmdir()
+
+
+def read(path: pathlib.Path, expected: dict) -> dict:
+    """What a task that is done has left."""
+    partial = path.parent if path.name == PLAN else path.parent.parent
+    return strict_json.read(path, expected, f"Remove {partial} to start over.")
