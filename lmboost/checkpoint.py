@@ -164,17 +164,27 @@ class Saved:
                 "those of the data: put the model's tokenizer there, too. For one of vocab.json and merges.txt, "
                 "transformers' AutoTokenizer writes the first with save_pretrained."
             )
-        if own not in (None, data.tokenizer_fingerprint):
+        if own not in (None, data.tokenizer_fingerprint) and (why := self._disagreement(data)):
             raise UserError(
                 f"{where} was trained with another tokenizer ({own[:12]}) than the data in "
-                f"{', '.join(data.directories)} ({data.tokenizer_fingerprint[:12]}): its embeddings and predictions "
-                "are of other tokens. Prepare the data with its tokenizer, or choose another model."
+                f"{', '.join(data.directories)} ({data.tokenizer_fingerprint[:12]}): {why}. Its embeddings and "
+                "predictions are of other tokens. Prepare the data with its tokenizer, or choose another model."
             )
         if self.model.vocab_size < data.vocab_size:
             raise UserError(
                 f"{where} has a vocabulary of {self.model.vocab_size}, fewer than the {data.vocab_size} pieces of the "
                 "data's tokenizer: choose another model."
             )
+
+    def _disagreement(self, data: loader.DataInfo) -> str | None:
+        """What of the data's tokens is another one to the model; None where only tokens differ that no text has."""
+        path = self._tokenizer_beside() or self._tokenizer_of_data()
+        if not path:
+            return "the model's own is not there to compare them"
+        own = tokenizers.load(path)
+        if own.fingerprint != self.tokenizer_fingerprint:
+            return f"the one in {path} is a third"
+        return tokenizers.load(data.tokenizer_path).disagreement(own)
 
     def tokenizer(self, given: str = "", field: str = "--tokenizer") -> tokenizers.Tokenizer:
         """The model's tokenizer; another one, or one of more pieces than the vocabulary has, is a UserError.

@@ -295,10 +295,11 @@ def generate(
     model = saved.model_for(dtype=dtype and one_of("--dtype", dtype, DTYPES))
     coder = saved.tokenizer(tokenizer)
     ids = [encode_prompt(prompt, coder, bos) for prompt in prompts]
-    stop_ids = () if coder.eos_id is None else (coder.eos_id,)
     mesh = sharding.make_mesh(-1, fsdp, tensor)
     with jax.set_mesh(mesh):
-        generator = Generator(model, saved.load(mesh, model.dtype), mesh, coder.vocab_size, stop_ids, batch_size)
+        generator = Generator(
+            model, saved.load(mesh, model.dtype), mesh, coder.vocab_size, coder.special.stop_ids, batch_size
+        )
         made = generator(ids, max_tokens, Sampling(temperature, top_k, top_p), seed)
     # A piece may read differently at the beginning of a text: the prompt's tokens are decoded along.
     return [
@@ -307,12 +308,19 @@ def generate(
     ]
 
 
+def _read_prompts(path: str) -> list[str]:
+    """The lines of a file. Only a line feed ends one, with a carriage return before it or not; the last may lack it."""
+    try:
+        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={path!r} can't be read: {error}.") from error
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
+
+
 def _print(prompt: Sequence[str], prompts: str, **flags) -> None:
     """The verb: prints each prompt, those of the file `prompts` last, with its continuation."""
-    try:
-        texts = [*prompt, *(pathlib.Path(prompts).read_text("utf-8").splitlines() if prompts else ())]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts={prompts!r} can't be read: {error}.") from error
+    texts = [*prompt, *(_read_prompts(prompts) if prompts else ())]
     if not texts:
         raise UserError("--prompt is missing: give a prompt, or a file of prompts with --prompts.")
     print(f"\n{'-' * 40}\n".join(generate(prompts=texts, **flags)))

@@ -168,7 +168,7 @@ class LanguageModel(TemplateLM):
         alike: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             alike.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(i)
-        stops = () if self._coder.eos_id is None else (self._coder.eos_id,)
+        stops = self._coder.special.stop_ids
         generator = Generator(self._model, self.params, self._mesh, self._coder.vocab_size, stops, self._rows)
         texts = [""] * len(requests)
         with tqdm(total=len(requests), desc="generating", disable=not self._progress) as bar:

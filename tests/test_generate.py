@@ -220,7 +220,7 @@ def test_the_tokenizer_is_found(trained, tmp_path):
     assert in_data.path.parent == trained / "data0" / "tokenizer"
     manifest = saved.manifest | {"config": {"data": {"train": str(tmp_path / "gone")}}}
     homeless = dataclasses.replace(saved, manifest=manifest)
-    with pytest.raises(UserError, match="--tokenizer is empty, and no tokenizer was found: neither tokenizer.model"):
+    with pytest.raises(UserError, match="--tokenizer is empty, and no tokenizer was found: neither tokenizer.json"):
         homeless.tokenizer()
     assert homeless.tokenizer(str(in_data.path)).fingerprint == in_data.fingerprint
     other = tokenizers.train(
@@ -242,7 +242,16 @@ def test_an_empty_prompt_is_the_begin_of_a_document(trained, tmp_path):
     assert generate.encode_prompt("a", coder, bos="never") == coder.encode("a").tolist()
     with pytest.raises(UserError, match="--prompt='' has no tokens"):
         generate.encode_prompt("", coder, bos="never")
-    coder.bos_id = None
+    coder.special = coder.special._replace(bos_id=None)
     for prompt, bos in (("", "auto"), ("a", "always")):
         with pytest.raises(UserError, match="needs the token that begins a document"):
             generate.encode_prompt(prompt, coder, bos)
+
+
+def test_prompts_of_a_file_end_at_line_feeds_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "prompts").write_bytes("one\x0b\x0ctwo\u2028\x85three\r\n\nfour".encode())
+    assert generate._read_prompts("~/prompts") == ["one\x0b\x0ctwo\u2028\x85three", "", "four"]
+    (tmp_path / "prompts").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="--prompts='~/prompts' can't be read"):
+        generate._read_prompts("~/prompts")

@@ -112,6 +112,7 @@ def prepare(
         spread = [unfinished.read(_spread_done(partial, i), _SPREAD) for i in range(len(units))]
         _check_spread(partial, spread, plan)
         _keep_tokenizer(partial, loaded, plan, report)
+        report((loaded or tokenizer_lib.load(partial / "tokenizer")).borders)
         tasks = [(partial, bucket, plan) for bucket in range(sum(plan["buckets"]))]
         _run(_make_shard, tasks, workers, "tokenised", report)
         manifest = _assemble(partial, out, plan, spread)

@@ -11,20 +11,22 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import sentencepiece
 import tokenizers
 
-from lmboost import places
+from lmboost import places, strict_json
+from lmboost.data import special_tokens
 from lmboost.errors import UserError
 
-FILE_NAMES = {"sentencepiece": "tokenizer.model", "huggingface": "tokenizer.json"}
+# Of these a directory's first is taken: where both are there, tokenizer.json is what transformers reads, and may have
+# tokens that the other has not.
+FILE_NAMES = {"huggingface": "tokenizer.json", "sentencepiece": "tokenizer.model"}
 # SentencePiece writes a space as this character, so the character itself needs its own way through.
 _SPACE_MARK = "\u2581"
-_BOS_NAMES = ("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "<|im_start|>", "<|endoftext|>")
-_EOS_NAMES = ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
 # BPE sees text in chunks of whole lines: long enough that line breaks join with what stands around them.
 _CHUNK_CHARS = 2000
 _SAMPLE_BYTES = 8_000_000
@@ -37,16 +39,24 @@ class Tokenizer(abc.ABC):
       kind: "sentencepiece" or "huggingface".
       path: the model file.
       vocab_size: number of ids; every id is in [0, vocab_size).
-      bos_id, eos_id: ids of the begin and end of a document, None where the tokenizer has none.
+      special: the ids of the begin and end of a document, where they were found, and those that end generation.
+      bos_id, eos_id: of these, None where the tokenizer has none.
       adds_bos: whether the tokenizer's makers put bos before every text (`encode` here never does).
     """
 
     kind: str
     path: pathlib.Path
     vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
+    special: special_tokens.Special
     adds_bos: bool
+
+    @property
+    def bos_id(self) -> int | None:
+        return self.special.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.special.eos_id
 
     def encode(self, text: str) -> np.ndarray:
         """Ids of `text`, int32 [tokens], without bos or eos."""
@@ -64,21 +74,50 @@ class Tokenizer(abc.ABC):
     def pieces(self) -> list[str | None]:
         """The piece of each id; None where an id is unused."""
 
+    @abc.abstractmethod
+    def in_texts(self) -> set[int]:
+        """The ids that `encode` may give."""
+
+    def disagreement(self, other: "Tokenizer") -> str | None:
+        """The first id, of those that documents encoded by this one can have, that is another piece in `other`."""
+        here, there = self.pieces(), other.pieces()
+        for i in sorted(self.in_texts() | {i for i in (self.bos_id, self.eos_id) if i is not None}):
+            piece = there[i] if i < len(there) else None
+            if here[i] != piece:
+                return f"id {i} is {here[i]!r} in {self.path}, but {piece!r} in {other.path}"
+        return None
+
+    @property
+    def borders(self) -> str:
+        """With which tokens documents begin and end, in words."""
+        pieces, s = self.pieces(), self.special
+        begin = "no token" if s.bos_id is None else f"{pieces[s.bos_id]!r}, {s.bos_id} ({s.bos_from})"
+        end = "no token" if s.eos_id is None else f"{pieces[s.eos_id]!r}, {s.eos_id} ({s.eos_from})"
+        return f"documents begin with {begin} and end with {end}"
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the table from id to piece: equal for two files that give every id the same piece."""
         return hashlib.sha256(json.dumps(self.pieces()).encode()).hexdigest()
 
     def save(self, directory: str | os.PathLike) -> pathlib.Path:
-        """Copies the model file (and tokenizer_config.json beside it) into `directory`; returns the copy."""
+        """Copies the model file into `directory`, and what the files beside it say; returns the copy."""
         directory = pathlib.Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         target = directory / FILE_NAMES[self.kind]
-        shutil.copyfile(self.path, target)
-        config = self.path.with_name("tokenizer_config.json")
-        if self.kind == "huggingface" and config.is_file():
-            shutil.copyfile(config, directory / config.name)
+        self._copy(target)
+        pieces, beside = self.pieces(), self.path.with_name(special_tokens.CONFIG)
+        config = strict_json.read(beside, {}, "Mend or remove it.") if beside.is_file() else {}
+        if config or self.kind == "huggingface":
+            named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+            config |= {name: None if i is None else pieces[i] for name, i in named.items()}
+            _write_json(directory / special_tokens.CONFIG, config)
+        if len(self.special.stop_ids) > 1:
+            _write_json(directory / special_tokens.GENERATION, {"eos_token_id": list(self.special.stop_ids)})
         return target
+
+    def _copy(self, target: pathlib.Path) -> None:
+        shutil.copyfile(self.path, target)
 
     def _checked(self, ids: Iterable[int]) -> list[int]:
         ids = np.asarray(list(ids) if not isinstance(ids, np.ndarray) else ids, np.int64).reshape(-1)
@@ -103,8 +142,9 @@ class SentencePieceTokenizer(Tokenizer):
         except (RuntimeError, OSError) as error:
             raise UserError(f"tokenizer {self.path} is not a readable SentencePiece model: {error}") from error
         self.vocab_size = self._model.vocab_size()
-        ids = self._model.bos_id(), self._model.eos_id()
-        self.bos_id, self.eos_id = (None if i < 0 else i for i in ids)
+        bos, eos = (None if i < 0 else self._model.id_to_piece(i) for i in (self._model.bos_id(), self._model.eos_id()))
+        vocab = {piece: i for i, piece in enumerate(self.pieces())}
+        self.special = special_tokens.Beside(self.path).special(vocab, (bos, eos))
         self.adds_bos = self.bos_id is not None
         mark_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
         self._mark_ids = mark_bytes if all(self._model.is_byte(i) for i in mark_bytes) else None
@@ -125,9 +165,12 @@ class SentencePieceTokenizer(Tokenizer):
     def pieces(self) -> list[str | None]:
         return [self._model.id_to_piece(i) for i in range(self.vocab_size)]
 
+    def in_texts(self) -> set[int]:
+        return {i for i in range(self.vocab_size) if not self._model.is_control(i) and not self._model.is_unused(i)}
+
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` file, with `tokenizer_config.json` beside it where there is one."""
+    """A `tokenizer.json` file, with the files beside it."""
 
     kind = "huggingface"
 
@@ -135,30 +178,51 @@ class HuggingFaceTokenizer(Tokenizer):
         self.path = pathlib.Path(path)
         try:
             self._model = tokenizers.Tokenizer.from_file(str(self.path))
-        except Exception as error:  # the library raises plain Exception for a malformed file
-            raise UserError(f"tokenizer {self.path} is not a readable tokenizer.json: {error}") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # of a malformed file the library raises plain Exception, or panics
+            reason = str(error)[:300]
+            raise UserError(f"tokenizer {self.path} is not a readable tokenizer.json: {reason}") from error
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not an end
+        beside = special_tokens.Beside(self.path)
+        self._added = self._add(beside.added())
         self._vocab = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
-        self.bos_id = self._special("bos_token", _BOS_NAMES)
-        self.eos_id = self._special("eos_token", _EOS_NAMES)
+        if self.vocab_size > special_tokens.LARGEST_ID:
+            raise UserError(f"tokenizer {self.path} has an id {self.vocab_size - 1}, which no vocabulary has: mend it.")
+        self.special = beside.special(self._vocab)
         self.adds_bos = self.bos_id is not None and self._model.encode("").ids[:1] == [self.bos_id]
 
-    def _special(self, field: str, names: Sequence[str]) -> int | None:
-        """The id that tokenizer_config.json names in `field`; without that file, of the first name that is known."""
-        config = self.path.with_name("tokenizer_config.json")
-        if not config.is_file():
-            return next((self._vocab[name] for name in names if name in self._vocab), None)
-        try:
-            piece = json.loads(config.read_text(encoding="utf-8")).get(field)
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{config} is not a JSON object: {error}. Mend or remove it.") from error
-        piece = piece.get("content") if isinstance(piece, dict) else piece
-        if piece is not None and piece not in self._vocab:
-            raise UserError(f"{config}: {field}={piece!r} is not in the vocabulary of {self.path}.")
-        return None if piece is None else self._vocab[piece]
+    def _add(self, tokens: Mapping[int, dict[str, Any]]) -> bool:
+        """Adds the tokens that only the files beside have; whether there are such."""
+        new = {i: token for i, token in sorted(tokens.items()) if self._model.token_to_id(token["content"]) is None}
+        for i, token in new.items():
+            flags = {name: token[name] for name in ("single_word", "lstrip", "rstrip", "normalized") if name in token}
+            special = bool(token.get("special", False))
+            try:
+                self._model.add_tokens([tokenizers.AddedToken(token["content"], special=special, **flags)])
+            except TypeError as error:
+                raise UserError(f"tokenizer {self.path}: the added token {i} is damaged ({error}): mend it.") from error
+            if (found := self._model.token_to_id(token["content"])) != i:
+                raise UserError(
+                    f"tokenizer {self.path}: {token['content']!r} is to be token {i} by the files beside it, but comes "
+                    f"to be {found}. Save the tokenizer again with transformers, which writes all of it to one file."
+                )
+        return bool(new)
+
+    def _copy(self, target: pathlib.Path) -> None:
+        if self._added:
+            self._model.encode_special_tokens = False  # as in the file
+            self._model.save(str(target))
+            self._model.encode_special_tokens = True
+        else:
+            super()._copy(target)
+
+    def in_texts(self) -> set[int]:
+        special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
+        return set(self._vocab.values()) - special
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -176,7 +240,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 def load(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer in `path`: a `.model` file, a `tokenizer.json`, or a directory that holds one of them."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     if path.is_dir():
         found = [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
         if not found:
@@ -188,6 +252,10 @@ def load(path: str | os.PathLike) -> Tokenizer:
             f"or a directory that holds one of them."
         )
     return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def _write_json(path: pathlib.Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def train(

@@ -22,6 +22,12 @@ _FAST, _CONFIG = "tokenizer.json", "tokenizer_config.json"
 _BESIDE = (
     _FAST, _CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+# What a tokenizer_config.json says that is no part of how a text is split.
+_KEPT = (
+    "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens",
+    "extra_special_tokens", "added_tokens_decoder", "chat_template", "model_max_length", "padding_side",
+    "truncation_side", "clean_up_tokenization_spaces",
+)  # fmt: skip
 _MARK = "\u2581"  # SentencePiece's space
 _SPLIT_OF_QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -41,12 +47,15 @@ def write(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int) -> Non
     copy(tokenizer, directory)
     if not (directory / _FAST).exists():
         from_sentencepiece(tokenizer.path).save(str(directory / _FAST))
-    if not (directory / _CONFIG).exists():
-        pieces = tokenizer.pieces()
-        special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        config = {name: pieces[i] for name, i in special.items() if i is not None}
-        config |= {"model_max_length": max_length, "clean_up_tokenization_spaces": False}
-        files.write_json(directory / _CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    beside, pieces = directory / _CONFIG, tokenizer.pieces()
+    config = files.read_json(beside, {}) if beside.is_file() else {}
+    config = {"model_max_length": max_length, "clean_up_tokenization_spaces": False} | {
+        name: value for name, value in config.items() if name in _KEPT
+    }
+    special = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    config |= {name: pieces[i] for name, i in special.items() if i is not None}
+    # Other classes build parts of a tokenizer anew, whatever its tokenizer.json says.
+    files.write_json(beside, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def is_qwen(tokenizer: Tokenizer) -> bool:

@@ -69,8 +69,10 @@ def export(
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     config = {"architectures": [family.architecture], "model_type": family.model_type, "torch_dtype": dtype}
     files.write_json(directory / "config.json", config | family.config(model) | special | {"pad_token_id": None})
-    files.write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     tokenizer_files.write(tokenizer, directory, model.max_seq_len)
+    ends = tokenizer.special.stop_ids
+    special |= {"eos_token_id": list(ends)} if len(ends) > 1 else {}
+    files.write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
     (directory / "README.md").write_text(_card(family, model, manifest), encoding="utf-8")
     return [f"{family.architecture}, {model.num_params():,} parameters in {dtype}, {len(entries)} tensors"]
 

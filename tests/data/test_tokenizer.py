@@ -123,7 +123,7 @@ def test_hugging_face_specials(tmp_path, specials, config, expected):
 def test_bad_files_are_named(tmp_path, trained):
     with pytest.raises(UserError, match=r"nowhere.model: no such file"):
         tokenizer_lib.load(tmp_path / "nowhere.model")
-    with pytest.raises(UserError, match=r"holds neither tokenizer.model nor tokenizer.json"):
+    with pytest.raises(UserError, match=r"holds neither tokenizer.json nor tokenizer.model"):
         tokenizer_lib.load(tmp_path)
     for name in ("bad.model", "bad.json"):
         (tmp_path / name).write_text("nonsense")

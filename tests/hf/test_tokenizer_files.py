@@ -108,6 +108,9 @@ def test_a_tokenizer_json_is_copied_with_what_is_beside_it(tmp_path):
     assert (tmp_path / "to" / "special_tokens_map.json").exists()
     config = json.loads((tmp_path / "to" / "tokenizer_config.json").read_text())
     assert (config["bos_token"], config["eos_token"], config["model_max_length"]) == ("<s>", "</s>", 77)
-    (tmp_path / "from" / "tokenizer_config.json").write_text('{"eos_token": "<s>"}')
-    tokenizer_files.write(tokenizer, tmp_path / "again", 77)
-    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text()) == {"eos_token": "<s>"}
+    (tmp_path / "from" / "tokenizer_config.json").write_text('{"eos_token": "<s>", "tokenizer_class": "GPT2Tokenizer"}')
+    again = tokenizer_lib.load(source)
+    tokenizer_files.write(again, tmp_path / "again", 77)
+    config = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert config["eos_token"] == "<s>" and "bos_token" not in config
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
