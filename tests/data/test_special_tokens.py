@@ -18,10 +18,12 @@ GPT2 = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
 FILES = {
     "GPT-2's own": ({CONFIG: {"model_max_length": 1024}, MODEL: GPT2}, ("<|endoftext|>", "<|endoftext|>")),
     "a class alone": ({CONFIG: {"tokenizer_class": "GPT2TokenizerFast"}}, ("<|endoftext|>", "<|endoftext|>")),
-    "a Llama": ({CONFIG: {"tokenizer_class": "LlamaTokenizer"}}, ("<s>", "</s>")),
     "a Qwen": ({CONFIG: {"tokenizer_class": "Qwen2Tokenizer"}}, (None, "<|endoftext|>")),
     "null is none": ({CONFIG: {"tokenizer_class": "GPT2Tokenizer", "bos_token": None}}, (None, "<|endoftext|>")),
-    "named in two ways": ({CONFIG: {"bos_token": "<a>", "eos_token": {"content": "<b>"}}}, ("<a>", "<b>")),
+    "named in two ways": (
+        {CONFIG: {"bos_token": "<a>", "eos_token": {"__type": "AddedToken", "content": "<b>"}}},
+        ("<a>", "<b>"),
+    ),
     "a map alone": (
         {CONFIG: {"tokenizer_class": "PreTrainedTokenizerFast"}, MAP: {"bos_token": "<a>", "eos_token": "<b>"}},
         ("<a>", "<b>"),
@@ -50,6 +52,7 @@ OURS = {  # where transformers finds none, and files that it does not read
     ),
     "ids do not go before a name": ({CONFIG: {"eos_token": "</s>"}, GENERATION: {"eos_token_id": 6}}, (None, "</s>")),
     "a tokenizer.json alone": ({}, ("<s>", "</s>")),
+    "a Llama": ({CONFIG: {"tokenizer_class": "LlamaTokenizer"}}, ("<s>", "</s>")),  # as transformers 4
 }
 
 
