@@ -261,7 +261,7 @@ def modern(name: str) -> str:
 
 def load_recipe(recipe: str) -> ConfigDict:
     """The config tree of "FILE.py[:VARIANT]"; raises a UserError where it does not load."""
-    path, _, variant = recipe.partition(":")
+    path, _, variant = os.path.expanduser(recipe).partition(":")
     if not os.path.isfile(path):
         raise UserError(f"--config={recipe}: there is no file {path!r}.")
     try:

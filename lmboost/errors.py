@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+from lmboost import streams
+
 # Exit statuses. Launchers start the same command again on every one but 0 and EXIT_USER_ERROR; after a crash (any
 # other status) not for ever.
 EXIT_USER_ERROR = 2
 EXIT_PREEMPTED = 75  # asked to stop: the state was saved at a step boundary
+EXIT_INTERRUPTED = 130  # Ctrl-C, where there is no state to save
 EXIT_HUNG = 76  # no progress for watchdog.seconds
 
 
@@ -50,6 +53,9 @@ def exit_on_user_error(main: Callable[[], None], show_traceback: bool = False) -
     """Runs `main`; a UserError becomes a short message on stderr and exit status 2, a Stop one and its own status."""
     try:
         main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     except Stop as stop:
         print(stop, file=sys.stderr)
         sys.exit(stop.status)
@@ -62,18 +68,26 @@ def exit_on_user_error(main: Callable[[], None], show_traceback: bool = False) -
 
 def run_verb(main: Callable[[list[str]], None], doc: str) -> None:
     """A verb of the command line: `doc` if it has --help, else `main` of its arguments, ended as above."""
+    streams.protect()
     argv = sys.argv[1:]
     if "--help" in argv or "-h" in argv:
         sys.exit(print(doc))
     exit_on_user_error(lambda: main(argv), show_traceback="--traceback" in argv)
 
 
-def run_flags(main: Callable[..., None], parser: argparse.ArgumentParser) -> None:
-    """A verb whose flags `parser` knows: `main` of them by their names, ended as above. --traceback comes with it."""
+def run_flags(main: Callable[..., None], parser: argparse.ArgumentParser, prints: bool = False) -> None:
+    """A verb whose flags `parser` knows: `main` of them by their names, ended as above. --traceback comes with it.
+
+    prints: whether what it prints is its result, so that the status is 1 where that could not be written.
+    """
+    streams.protect()
     parser.add_argument("--traceback", action="store_true", help="show the traceback of a user error")
     flags = vars(parser.parse_args())
     show_traceback = flags.pop("traceback")
     exit_on_user_error(lambda: main(**flags), show_traceback)
+    if prints and (why := streams.lost_output()):
+        print(f"error: standard output could not be written ({why}).", file=sys.stderr)
+        sys.exit(1)
 
 
 def exit_at_once(status: int) -> None:
@@ -90,6 +104,13 @@ def number(field: str, value: float, low: float = 0.0, below: float = math.inf) 
         expected = f"a finite number, {least}" if below == math.inf else f"{least} and below {below:g}"
         raise UserError(f"{field}={value} is out of range: expected {expected}.")
     return float(value)
+
+
+def count(field: str, value: int, least: int = 1) -> int:
+    """Returns `value` if it is at least so much, else raises a UserError naming the field."""
+    if value < least:
+        raise UserError(f"{field}={value} must be at least {least}.")
+    return value
 
 
 def fraction(field: str, value: float) -> float:

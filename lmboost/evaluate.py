@@ -10,6 +10,7 @@ import argparse
 import inspect
 import json
 import math
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from jax.sharding import Mesh
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import loader
-from lmboost.errors import one_of, run_flags
+from lmboost.errors import count, one_of, run_flags
 from lmboost.models.model_config import DTYPES, ModelConfig
 from lmboost.train_step import make_eval_step
 
@@ -75,6 +76,9 @@ def evaluate(
     data, seq_len: empty and 0 are those that it was trained with. A model from the Hub needs `data`; its rows are by
     default as long as both allow.
     """
+    count("--batches", batches, 1 if batches != -1 else -1)
+    count("--batch_size", batch_size)
+    count("--seq_len", seq_len, 0)
     saved = Saved.find(checkpoint, step)
     spec = saved.data_or_own(data)
     info = loader.info(spec, "validation")
@@ -111,6 +115,8 @@ def evaluate_tasks(
     """
     from lmboost import harness  # needs a package that is not always there
 
+    count("--batch_size", batch_size)
+    count("--max_length", max_length, 0)
     names = harness.names_of(tasks)
     harness.find_tasks(names, include_path)
     saved = Saved.find(checkpoint, step)
@@ -151,9 +157,11 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=-1, help="-1 is the whole validation split")
     parser.add_argument("--batch_size", type=int, default=32, help="rows of a batch")
     parser.add_argument("--seq_len", type=int, default=0, help="tokens of a row; 0 is what the model was trained on")
-    parser.add_argument("--out", default="", help="a file to write the numbers to, as JSON")
+    parser.add_argument("--out", default="", type=os.path.expanduser, help="a file to write the numbers to, as JSON")
     parser.add_argument("--tasks", default="", help="tasks of the lm-evaluation-harness, comma between them")
-    parser.add_argument("--include_path", default="", help="a directory with tasks of your own (YAML)")
+    parser.add_argument(
+        "--include_path", default="", type=os.path.expanduser, help="a directory with tasks of your own (YAML)"
+    )
     parser.add_argument("--num_fewshot", type=int, help="examples in the context; empty is what each task says")
     parser.add_argument("--limit", type=float, help="only so many examples of each task, or this fraction of them")
     parser.add_argument("--tokenizer", default="", help="for tasks; empty: the model's own, beside it or in its data")
@@ -161,7 +169,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="", help="for tasks: of compute; empty is the model's own")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are spread")
     parser.add_argument("--tensor", type=int, default=1, help="devices over which heads and vocabulary are spread")
-    run_flags(_run, parser)
+    run_flags(_run, parser, prints=True)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import tokenizer as tokenizers
-from lmboost.errors import UserError, one_of, run_flags
+from lmboost.errors import UserError, count, one_of, run_flags
 from lmboost.models import attention, transformer, vocabulary
 from lmboost.models.model_config import DTYPES, ModelConfig
 
@@ -173,6 +173,7 @@ class Generator:
     def __init__(
         self, model: ModelConfig, params, mesh: Mesh, vocab_size: int = 0, stop_ids: Sequence[int] = (), batch_size=16
     ):
+        count("batch_size", batch_size)
         self._model = dataclasses.replace(model, attention="xla", remat="none")
         self._params, self._mesh = params, mesh
         self._stop_ids = tuple(stop_ids)
@@ -344,7 +345,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="", help="of compute; empty is the model's own")
     parser.add_argument("--fsdp", type=int, default=1, help="devices over which parameters are spread")
     parser.add_argument("--tensor", type=int, default=1, help="devices over which heads and vocabulary are spread")
-    run_flags(_print, parser)
+    run_flags(_print, parser, prints=True)
 
 
 if __name__ == "__main__":

@@ -285,6 +285,7 @@ def find_tasks(names: tuple[str, ...], include: str = "", field: str = "--tasks"
 
     Raises a UserError on a name that is not known, with the nearest one.
     """
+    include = os.path.expanduser(include)
     if include and not os.path.isdir(include):
         raise UserError(f"the tasks of {field} should be in {include!r}, and there is no such directory.")
     if not names:
@@ -303,7 +304,7 @@ def find_tasks(names: tuple[str, ...], include: str = "", field: str = "--tasks"
 @functools.cache
 def _manager(include: str, own: bool) -> TaskManager:
     """Knows the tasks in `include`, and unless only these are wanted, the harness's, which takes a while to read."""
-    return TaskManager(include_path=include or None, include_defaults=not own)
+    return TaskManager(include_path=os.path.expanduser(include) or None, include_defaults=not own)
 
 
 def run_tasks(

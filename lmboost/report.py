@@ -310,7 +310,7 @@ def main(baseline: str, run: Sequence[str], helper: Sequence[str], out: str, las
     runs = [load_run(baseline, last, "--baseline"), *(load_run(directory, last) for directory in run)]
     runs = distinct(runs, [baseline, *run])
     cost = sum(map(training_flops, helper)) if helper else None
-    write(compare(runs[0], runs[1:], cost), runs, out, last)
+    write(compare(runs[0], runs[1:], cost), runs, os.path.expanduser(out), last)
 
 
 def flags() -> argparse.ArgumentParser:

@@ -59,6 +59,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
 
     Of several TPU slices, each holds a run of the data axis: only the reduction of gradients leaves a slice.
     """
+    if jax.config.jax_enable_x64:
+        raise UserError("JAX_ENABLE_X64 is on, under which the programs would be others: unset it, and start again.")
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(data, fsdp, tensor, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
@@ -73,6 +75,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         inside = (sizes[0] // slices, *sizes[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def on_cpu() -> bool:
+    """Whether the devices of the mesh in use are CPUs; without one, whether jax computes on them."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.device_kind if device else jax.default_backend()) == "cpu"
 
 
 def batch_shards(mesh: Mesh | None = None) -> int:

@@ -15,9 +15,15 @@ Of several processes, each is started with the same command, and (but for TPU po
   --start_timeout=300       seconds that they wait for one another at the start
   --heartbeat_timeout=100   seconds without a sign of life after which one is taken for dead
 
-Exit status: 0 finished; 2 a user error, with one message; 75 asked to stop by SIGTERM, saved; 76 hung, with the stacks
-of all threads; anything else a crash. Launchers start the same command again unless it is 0 or 2.
+Exit status: 0 finished; 2 a user error, with one message; 75 asked to stop by SIGTERM, SIGINT (Ctrl-C) or SIGHUP,
+saved; 76 hung, with the stacks of all threads; anything else a crash. Launchers start the same command again unless it
+is 0 or 2.
 """
+
+if __name__ == "__main__":  # a notice to stop may come while the others are imported
+    from lmboost.run import notice
+
+    notice.listen()
 
 import contextlib
 import dataclasses
@@ -42,7 +48,7 @@ from lmboost.run.checkpointer import Checkpointer, check_fingerprints, restore_s
 from lmboost.run.log import Parts, RunLog, Settings
 from lmboost.run.logdir import LogDir
 from lmboost.run.metrics import take_over
-from lmboost.run.processes import say
+from lmboost.run.processes import say, warn
 from lmboost.train_step import TrainState, init_state, jit_train_step
 
 
@@ -76,7 +82,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 c.objective.block_tokens,
             )  # fmt: skip
             tasks = _tasks(c, run, mesh) if c.eval.tasks else None
-            keep(lock.Lock(workdir))
+            held = keep(lock.Lock(workdir))
             log_dir = keep(LogDir(workdir))
         clock = goodput.Clock(log_dir.path, started=started)
         watch = keep(guard.Watchdog(c.watchdog.seconds))
@@ -89,6 +95,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             state, first, evaluated = _start(c, run, mesh, tx, checkpointer, log_dir)
             if first >= c.steps:
                 say(f"the run in {workdir} is finished: {c.steps} steps")
+                _check_last(state)
                 return state
             needed = {name: run.helpers()[name] for name in run.needed(first)}
             helpers = teacher.load(needed, mesh, c.teacher.dtype, c.seed + 1 if c.teacher.random else None)
@@ -110,6 +117,9 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
 
         def save_at(done: int, save: Callable[..., None]) -> None:
             with part(f"saving step {done}", "save", pause=True):
+                held.check()
+                log.check()
+                _keep_manifest(manifest, workdir)
                 save(state, done, run.position(done) | {"evaluated": evaluated}, manifest)
             log.saved(done)
 
@@ -156,8 +166,19 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
         tasks_at(c.steps)
         log.saved(c.steps)
         say(f"time: {clock.summary()}")
+        _check_last(state)
     say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")
     return state
+
+
+def _check_last(state: TrainState) -> None:
+    """Raises a UserError where a run has ended with steps that changed nothing."""
+    if skipped := int(state.skipped_in_a_row):
+        raise UserError(
+            f"the last {skipped} of {int(state.step)} steps had no finite loss or gradient and were skipped: the "
+            "checkpoint holds the parameters before them. Lower optimizer.learning_rate, lengthen "
+            "optimizer.warmup_steps, or set optimizer.clip_norm, and start in another workdir."
+        )
 
 
 def _tasks(c: ConfigDict, run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
@@ -230,6 +251,17 @@ def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> di
         with places.whole_file(path) as partial:
             partial.write_text(json.dumps(manifest, indent=1))
     return manifest
+
+
+def _keep_manifest(manifest: dict[str, Any], workdir: str) -> None:
+    """Writes manifest.json again where it was removed."""
+    path = checkpoint.Run(workdir).manifest_path
+    if jax.process_index() == 0 and not path.exists():
+        warn(f"{path} was removed while the run went on; it is written again.")
+        with contextlib.suppress(OSError):  # of a disk; the checkpoints have it, too
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with places.whole_file(path) as partial:
+                partial.write_text(json.dumps(manifest, indent=1))
 
 
 def _quiet_libraries() -> None:

@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         print(show(phase), flush=True)
         report["phases"].append(phase)
     if flags.out:
-        pathlib.Path(flags.out).write_text(json.dumps(report, indent=1))
+        pathlib.Path(flags.out).expanduser().write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,14 @@ from lmboost import sharding
 OUTPUT = "dense"  # the name of what a Dense gives, for policies of rematerialisation
 
 
+def factors(a, b) -> tuple[jax.Array, jax.Array]:
+    """The factors of a product that is summed up in float32.
+
+    XLA for CPUs has no such product of bfloat16 in some layouts; cast before, the numbers are the same.
+    """
+    return (a.astype(jnp.float32), b.astype(jnp.float32)) if sharding.on_cpu() else (a, b)
+
+
 class Dense(nn.Module):
     """x [..., *in] -> [..., *features], with a kernel [*in, *features] over the last `in_axes` axes of x.
 
@@ -62,7 +70,7 @@ def _project_backward(in_axes, residuals, dy):
     outputs = dy.ndim - len(rows)
     features = tuple(range(len(rows), dy.ndim)), tuple(range(in_axes, in_axes + outputs))
     dx = jax.lax.dot_general(dy, kernel.astype(dy.dtype), (features, ((), ())))
-    dkernel = jax.lax.dot_general(x, dy, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    dkernel = jax.lax.dot_general(*factors(x, dy), ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
     dbias = None if bias is None else dy.sum(rows, dtype=jnp.float32).astype(bias.dtype)
     return dx, dkernel.astype(kernel.dtype), dbias
 

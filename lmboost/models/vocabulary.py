@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from lmboost import sharding
+from lmboost.models.linear import factors
 
 NEGATIVE = -1e30  # logit of what must never be predicted; finite, so that 0 * NEGATIVE is 0
 
@@ -39,7 +40,7 @@ def project(h, head: Head, vocab_size: int | None = None, rows: int | None = Non
     kernel, rows = head.kernel_DxV.astype(h.dtype), rows or head.kernel_DxV.shape[1]
     if kernel.shape[1] != rows:
         kernel = jnp.pad(kernel[:, :rows], [(0, 0), (0, max(rows - kernel.shape[1], 0))])
-    logits = jnp.einsum("...d,dv->...v", h, kernel, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...d,dv->...v", *factors(h, kernel), preferred_element_type=jnp.float32)
     vocab_size = min(vocab_size or head.vocab_size, head.vocab_size)
     if vocab_size == rows:
         return logits

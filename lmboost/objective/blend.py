@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from lmboost import sharding
+from lmboost.models.linear import factors
 from lmboost.models.vocabulary import Head, over_blocks, pick
 from lmboost.objective.kd import SoftTargets
 
@@ -108,7 +109,7 @@ def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
         h_gradient = jnp.einsum("sbtv,dv->sbtd", logits_gradient, head.kernel_DxV)
         # One sum per shard: devices add up their own tokens, and exchange once, after the last block.
         kernel_gradient_SxDxV += jnp.einsum(
-            "sbtd,sbtv->sdv", h_SxBxTxD, logits_gradient, preferred_element_type=jnp.float32
+            "sbtd,sbtv->sdv", *factors(h_SxBxTxD, logits_gradient), preferred_element_type=jnp.float32
         )
         return (jax.tree.map(jnp.add, sums, block_sums), kernel_gradient_SxDxV), h_gradient
 

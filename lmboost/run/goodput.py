@@ -109,6 +109,11 @@ class Clock:
         attempt = {"attempt": self._attempt, "step": step, "start_step": self._start_step}
         self._lines.write(attempt | {"time": now, "seconds": spent})
 
+    def check(self) -> None:
+        """See `lines.Appender.check`."""
+        if self._lines:
+            self._lines.check()
+
     def close(self) -> None:
         """Closes the file."""
         if self._lines:

@@ -2,32 +2,44 @@
 
 import contextlib
 import faulthandler
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
-from lmboost.errors import EXIT_HUNG, exit_at_once
+from lmboost.errors import EXIT_HUNG, EXIT_INTERRUPTED, exit_at_once
+from lmboost.run import notice
 
 
 class Preemption:
-    """Whether the run has been asked to stop: SIGTERM, which is also how clusters announce that they take a machine.
+    """Whether the run has been asked to stop: by SIGTERM, with which clusters also announce that they take a machine,
+    SIGINT or SIGHUP.
 
-    Of several processes each may be told at another time; jax agrees with all of them on the boundary to stop at.
+    Of several processes each may be told at another time; jax agrees with all of them on the boundary to stop at. A
+    second SIGINT ends the process at once.
     """
 
     def __init__(self):
-        self._told = False
+        self._told, self._interrupts = False, 0
         self._alone = jax.process_count() == 1
-        self._before = None
-        if self._alone and threading.current_thread() is threading.main_thread():  # else jax has taken the signal
-            self._before = signal.signal(signal.SIGTERM, self._take)
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = notice.listen(self._take)
+            if not self._alone:  # jax itself has taken SIGTERM
+                signal.signal(signal.SIGTERM, self._before.pop(signal.SIGTERM, signal.SIG_DFL))
 
-    def _take(self, *_) -> None:
+    def _take(self, number: int, _: Any) -> None:
+        self._interrupts += number == signal.SIGINT
+        if self._interrupts > 1:
+            os._exit(EXIT_INTERRUPTED)
+        if not self._alone and not self._told:
+            os.kill(os.getpid(), signal.SIGTERM)  # of which jax tells the others
         self._told = True
 
     def told(self) -> bool:
@@ -40,9 +52,9 @@ class Preemption:
 
     def close(self) -> None:
         """Gives the signal back to whoever had it."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-        self._before = None
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class Watchdog:

@@ -32,11 +32,14 @@ class Appender:
 
     def __init__(self, path: str, limit: int = 100_000):
         self._path, self._limit = path, limit
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = open(os.open(path, flags, 0o666), "a+b", buffering=0)  # noqa: SIM115
-        self._whole = self._file.seek(0, os.SEEK_END)  # bytes of whole records
         self._waiting: collections.deque[bytes] = collections.deque()
         self._failing = False
+        self._open()
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._file = open(os.open(self._path, flags, 0o666), "a+b", buffering=0)  # noqa: SIM115
+        self._whole = self._file.seek(0, os.SEEK_END)  # bytes of whole records
 
     def append(self, record: bytes) -> None:
         """Writes a record, or keeps it. Raises a UserError if `limit` of them are kept already."""
@@ -47,6 +50,23 @@ class Appender:
             )
         self._waiting.append(record)
         self._write()
+
+    def check(self) -> None:
+        """Goes on in a new file where the old one was removed, moved or replaced, and says so."""
+        try:
+            if os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(self._file.fileno())):
+                return
+        except FileNotFoundError:
+            pass
+        old = self._file
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            self._open()
+        except OSError as error:
+            tell(f"WARNING: {self._path} was removed or replaced, and cannot be made again ({error.strerror}).")
+            return
+        old.close()
+        tell(f"WARNING: {self._path} was removed or replaced; it goes on from here, without what it held before.")
 
     def close(self) -> None:
         """Tries for a last time, and reports how many records are lost."""
@@ -94,6 +114,9 @@ class Lines(Appender):
 
     def __init__(self, path: str):
         super().__init__(path)
+
+    def _open(self) -> None:
+        super()._open()
         if self._whole and os.pread(self._file.fileno(), 1, self._whole - 1) != b"\n":
             self.append(b"\n")
 

@@ -12,7 +12,7 @@ import jax
 from lmboost import flops
 from lmboost.errors import UserError
 from lmboost.objective import terms
-from lmboost.run import goodput, guard, metrics, progress
+from lmboost.run import goodput, guard, metrics, processes, progress
 from lmboost.run.logdir import LogDir
 
 # Fields that every training line of metrics.jsonl has, null where there is no such number.
@@ -52,6 +52,7 @@ class RunLog:
         self._running: tuple[int, metrics.Counted] | None = None  # (steps done after it, metrics) of the newest step
         self._since: tuple[int, float] | None = None  # (steps done, time) of the last logged step; None after a pause
         self._profiling = False
+        self._skipped = 0.0  # steps, when that was said last
 
     @property
     def busy(self) -> bool:
@@ -81,6 +82,11 @@ class RunLog:
         values["goodput"] = self._clock.share
         self._writers.write(done, {n: values.get(n) for n in FIELDS} | self._progressed(done) | values)
         self._progress.update(done, values)
+        if values["skipped"] > 2 * self._skipped:  # not at each of them
+            self._skipped = values["skipped"]
+            processes.warn(
+                f"step {done}: {self._skipped:.0f} steps so far had no finite loss or gradient, and changed nothing."
+            )
         self._clock.write(done, SYNC_SECONDS)
         self._directory.sync(SYNC_SECONDS)
         if values["skipped_in_a_row"] >= asked.max_nonfinite:
@@ -95,6 +101,11 @@ class RunLog:
         self.pause()
         self._writers.write(done, self._progressed(done) | values)
         self._progress.evaluation(done, values)
+
+    def check(self) -> None:
+        """Makes good, and says, where a file was removed or replaced since it was opened."""
+        self._writers.check()
+        self._clock.check()
 
     def saved(self, done: int) -> None:
         """Brings the numbers to where the checkpoint of `done` steps is."""

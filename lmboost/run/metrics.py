@@ -70,6 +70,12 @@ class Writers:
         if self._events:
             self._events.write(int(step), {k: v for k, v in values.items() if isinstance(v, int | float)})
 
+    def check(self) -> None:
+        """See `lines.Appender.check`."""
+        for writer in (self._lines, self._events):
+            if writer:
+                writer.check()
+
     def close(self) -> None:
         """Closes the files."""
         for writer in (self._lines, self._events):
@@ -96,6 +102,9 @@ class _Events:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = [number for k, v in values.items() for number in summary.scalar(k, v).value]
         self._append(Event(step=step, summary=Summary(value=numbers)))
+
+    def check(self) -> None:
+        self._file.check()
 
     def close(self) -> None:
         self._file.close()

@@ -99,6 +99,8 @@ _LABELS = {"grad_norm": "grad", "learning_rate": "lr"}
 def _terms(values: Mapping[str, Any]) -> str:
     """The numbers worth a glance, in a fixed order."""
     parts = [f"{_LABELS.get(k, k)} {form.format(values[k])}" for k, form in _SHOWN.items() if values.get(k) is not None]
+    if values.get("skipped"):
+        parts.append(f"skipped {values['skipped']:.0f}")
     if values.get("tokens_per_second") is not None:
         parts.append(f"{short(values['tokens_per_second'])} tokens/s")
     if values.get("mfu") is not None:

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -128,3 +129,28 @@ def test_no_more_than_the_limit_is_kept_in_memory(tmp_path):
         appender.append(b"line\n")
     with pytest.raises(UserError, match=r"file could not be written for 3 records.*Make room or mend the disk"):
         appender.append(b"line\n")
+
+
+@pytest.mark.parametrize("how", ["removed", "moved", "with its directory", "replaced"])
+def test_a_file_that_is_taken_away_is_said_and_goes_on_in_a_new_one(tmp_path, capsys, how):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    file = lines.Lines(str(path))
+    file.write({"step": 1})
+    file.check()
+    assert not capsys.readouterr().err
+    match how:
+        case "removed":
+            path.unlink()
+        case "moved":
+            path.rename(tmp_path / "elsewhere")
+        case "with its directory":
+            shutil.rmtree(path.parent)
+        case "replaced":
+            path.unlink()
+            path.write_text('{"step": 7}')  # without an end of its line
+    file.check()
+    assert "metrics.jsonl was removed or replaced; it goes on" in capsys.readouterr().err
+    file.write({"step": 2})
+    file.close()
+    assert [line["step"] for line in read(path)] == ([7, 2] if how == "replaced" else [2])
