@@ -256,16 +256,18 @@ class Saved:
             directory does not have are zero.
           report: receives lines that say where a Hub directory's tensors went.
 
-        Raises a UserError that names the first parameter that is missing, left over, or of another shape.
+        Raises a UserError that names the first parameter that is missing, left over, of another shape, or not finite.
         """
         like = jax.eval_shape(lambda: transformer.init(model or self.model, jax.random.key(0)))
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), like)
-        if not reader.is_directory(self.directory):
-            return restore_tree(self.directory, "params", like, sharding.tree_sharding(like, mesh))
-        _check_same(self.directory, reader.shapes(self.directory, like["embed"]["embedding"].shape[0]), like)
-        params, lines = reader.load_params(self.directory, like, mesh)
-        for line in lines:
-            report(line)
+        if reader.is_directory(self.directory):
+            check_same(self.directory, reader.shapes(self.directory, like["embed"]["embedding"].shape[0]), like)
+            params, lines = reader.load_params(self.directory, like, mesh)
+            for line in lines:
+                report(line)
+        else:
+            params = restore_tree(self.directory, "params", like, sharding.tree_sharding(like, mesh))
+        check_finite(params, f"{self.field}={self.path!r}: the model in {self.directory}")
         return params
 
 
@@ -307,7 +309,7 @@ def restore_tree(directory: epath.Path, item: str, like: Any, shardings: Any) ->
         found = tree_metadata(directory, item)
     except Exception as error:  # what damage shows as is up to Orbax and TensorStore
         raise _damaged(directory / item, error) from error
-    _check_same(directory, found, like)
+    check_same(directory, found, like)
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), like, shardings)
     try:
         return ocp.StandardCheckpointHandler().restore(directory / item, args=ocp.args.StandardRestore(target))
@@ -323,7 +325,7 @@ def _damaged(path: epath.Path, error: Exception) -> Damaged:
     return Damaged(f"{path} cannot be read ({places.brief(error)}): the checkpoint is damaged.")
 
 
-def _check_same(directory: epath.Path, found: Any, wanted: Any) -> None:
+def check_same(directory: epath.Path, found: Any, wanted: Any) -> None:
     """Raises a UserError on the first leaf that the tree in a directory has not, has besides, or in another shape."""
     found, wanted = dict(_named(found)), dict(_named(wanted))
     for name in sorted({*found, *wanted}):
@@ -347,6 +349,20 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if hasattr(leaf, "shape"):
             yield sharding.path_name(keys), leaf
+
+
+def check_finite(params: Any, where: str) -> None:
+    """Raises a UserError, beginning with `where`, on the first parameter that has a NaN or an infinity."""
+    mesh = next((x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)), None)
+    found = jax.device_get(_are_finite(mesh)(params))
+    if wrong := [sharding.path_name(keys) for keys, good in jax.tree_util.tree_leaves_with_path(found) if not good]:
+        raise UserError(f"{where} has values that are not finite in parameter {wrong[0]!r}: give another one.")
+
+
+@functools.lru_cache
+def _are_finite(mesh: Mesh | None) -> Callable[[Any], Any]:
+    everywhere = {"out_shardings": sharding.replicated(mesh)} if mesh else {}
+    return jax.jit(lambda tree: jax.tree.map(lambda x: jnp.isfinite(x).all(), tree), **everywhere)
 
 
 def fingerprint(params: Any) -> str:

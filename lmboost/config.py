@@ -288,6 +288,14 @@ def load_module(path: str) -> types.ModuleType:
     return module
 
 
+def of_manifest(values: dict[str, Any], where: str) -> ConfigDict:
+    """The config in a manifest; a UserError, beginning with `where`, where it is none."""
+    try:
+        return ConfigDict(values)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: its config is damaged ({error}). Put back the manifest that was written.") from error
+
+
 def flatten(tree: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value} of every leaf."""
     out = {}

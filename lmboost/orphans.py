@@ -1,8 +1,10 @@
-"""Worker processes that end when the one that started them is gone."""
+"""Worker processes that live as long as the one that started them: no longer, and no shorter."""
 
 import multiprocessing
 import os
+import signal
 import threading
+from multiprocessing import resource_tracker
 
 
 def end_with_parent() -> None:
@@ -12,6 +14,17 @@ def end_with_parent() -> None:
     ever, with their memory.
     """
     threading.Thread(target=_wait, name="end with parent", daemon=True).start()
+
+
+def start_tracker() -> None:
+    """Starts the process that keeps account of the workers' shared memory, so that it, too, outlives SIGHUP.
+
+    It ignores SIGINT and SIGTERM by itself, and what its parent ignores. To be called before the first worker.
+    """
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        resource_tracker.ensure_running()
+        signal.signal(signal.SIGHUP, before)
 
 
 def _wait() -> None:

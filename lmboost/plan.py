@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, flops, sharding, start
+from lmboost import checkpoint, flops, going_on, sharding, start
 from lmboost import config as configs
 from lmboost.data import loader
 from lmboost.data.rows import Rows, parse_ranges
@@ -110,10 +110,7 @@ class Plan:
                 f"goes on from step {step} ({origin}): rows of it have been read already. Choose a resume.step of at "
                 f"most {at}, or leave {first}-{last} out of data.skip."
             )
-        raise UserError(
-            f"{origin} stands at data position {position}, but this config is at {self.position(step)} there: "
-            "the rows that follow would not be the ones that have not been seen."
-        )
+        going_on.check_position(position, self.position(step), origin)
 
 
 def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> Plan:
@@ -126,7 +123,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     teacher, scorer = _helpers(config, train_data, platform)
     run = outline(config, student, teacher, scorer)
     manifest = _manifest(config, student, train_data, validation_data, teacher, scorer)
-    check_workdir(config, workdir)
+    going_on.check_workdir(config, workdir, manifest["data"])
     return dataclasses.replace(run, train_data=train_data, validation_data=validation_data, manifest=manifest)
 
 
@@ -147,15 +144,16 @@ def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[
     """(teacher, scorer), as far as the helps of the objective need them; the scorer is the teacher if none is named."""
     active = frozenset().union(*(span.helps for span in terms.spans(config.objective, config.steps)))
     needed, select = terms.needed(active), config.objective.select
-    teacher = None
     find = functools.partial(
         find_helper, helps=active, data=data, seq_len=config.seq_len, dtype=config.teacher.dtype, platform=platform
     )
-    if "teacher" in needed or ("scorer" in needed and not select.scorer):
+    teacher = scorer = None
+    if "scorer" in needed and select.scorer:
+        scorer = find("objective.select.scorer", select.scorer, select.scorer_step)
+    if "teacher" in needed or ("scorer" in needed and not scorer):
         teacher = find("teacher.path", config.teacher.path, config.teacher.step)
-    if "scorer" not in needed or not select.scorer:
-        return teacher, teacher
-    return teacher, find("objective.select.scorer", select.scorer, select.scorer_step)
+    scorer = scorer or (teacher if "scorer" in needed else None)
+    return (teacher if "teacher" in needed else None), scorer
 
 
 def check_numbers(config: ConfigDict, num_devices: int) -> None:
@@ -211,16 +209,6 @@ def _check_tasks(config: ConfigDict) -> None:
     elif config.eval.tasks_every:
         raise UserError(
             f"eval.tasks_every={config.eval.tasks_every}, but eval.tasks is empty: name tasks, or set it to 0."
-        )
-
-
-def check_workdir(config: ConfigDict, workdir: str) -> None:
-    if not (manifest := checkpoint.Run(workdir).manifest()):
-        return
-    if changed := configs.differences(ConfigDict(manifest["config"]), ConfigDict(json.loads(config.to_json()))):
-        raise UserError(
-            f"--workdir={workdir} holds a run of another config ({'; '.join(changed[:5])}"
-            f"{'; ...' if len(changed) > 5 else ''}): choose another workdir, or give its config."
         )
 
 

@@ -40,7 +40,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, optimizers, places, plan, sharding, start, teacher
+from lmboost import checkpoint, config, evaluate, going_on, optimizers, places, plan, sharding, start, teacher
 from lmboost.data import loader, tokenizer
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
 from lmboost.run import goodput, guard, lock, processes
@@ -207,6 +207,8 @@ def _start(
         state, position = restore_state(directory, like, shardings)
         check_fingerprints(directory, state, position)
         found = state, position, position["step"]
+        for remark in going_on.what_begins_again(checkpoint.read_manifest(directory).get("config", {}), c, found[2]):
+            warn(f"resume.path: {remark}")
     if found:
         state, position, step = found
         evaluated = position.pop("evaluated", True)

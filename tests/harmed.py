@@ -2,8 +2,17 @@
 
 import copy
 import json
+import os
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+
+# The same examples each time; FUZZ_EXAMPLES=5000 draws others, and more.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "500"))
+fuzz = settings(
+    max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 500,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
 
 ODD = st.one_of(
     st.sampled_from([None, True, False, 0, -1, 2**31, 10**20, 1e308, "", "a.b", "\ud800", "\0", [], {}, [[]], [None]]),

@@ -130,3 +130,11 @@ def kill_children(process: subprocess.Popen, number: int = signal.SIGKILL, which
     children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for child in sorted(map(int, children))[which]:
         os.kill(child, number)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

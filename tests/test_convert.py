@@ -52,6 +52,7 @@ def test_a_run_is_written_without_what_only_training_needs(workdir, published):
     assert manifest["data"]["tokenizer"] == there["data"]["tokenizer"] and "config" not in manifest
     card = (published / "README.md").read_text()
     assert "2 steps" in card and "alone" in card and there["data"]["train"] in card
+    assert str(workdir.parent) not in card and there["config"]["data"]["train"].rpartition("/")[2] in card
     params = load(workdir)
     params["embed"]["embedding"] = params["embed"]["embedding"][:320]
     params["head"] = params["head"][:, :320]

@@ -8,10 +8,12 @@ import threading
 import pytest
 
 from lmboost import places
+from lmboost.errors import UserError
 
 KILLED = """
 import os, signal, sys
 from lmboost import places
+from lmboost.errors import UserError
 with places.whole_file(sys.argv[1]) as partial:
     partial.write_text("new")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -50,3 +52,31 @@ def test_many_write_one_file_and_none_is_in_anothers_way(tmp_path):
     for thread in threads:
         thread.join()
     assert (tmp_path / "file").read_text() in texts and os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", ["run[0]", "a[b]c/run", "back\\slash", "s3:/x", "nul\0", "caf\udce9", "f\u00e4lle"])
+def test_names_under_which_checkpoints_are_not_found_again_are_refused(tmp_path, name):
+    if name == "f\u00e4lle":
+        assert places.find(f"{tmp_path}/{name}").name == name
+        return
+    with pytest.raises(
+        UserError, match=r"--out='.* holds .*: checkpoints with that in their path cannot be read again"
+    ):
+        places.find(f"{tmp_path}/{name}", "--out")
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert os.fspath(places.find("~/runs/a")) == f"{tmp_path}/runs/a"
+
+
+def test_what_is_there_is_not_made_and_not_followed(tmp_path):
+    path = places.find(str(tmp_path / "x"))
+    places.create(path, b"one")
+    (tmp_path / "link").symlink_to("nowhere")
+    for there in ("x", "link"):
+        with pytest.raises(FileExistsError):
+            places.create(places.find(str(tmp_path / there)), b"two")
+    assert (tmp_path / "x").read_bytes() == b"one" and not (tmp_path / "nowhere").exists()
+    with pytest.raises(UserError, match=r"--workdir=.*link is a link to 'nowhere'"):
+        places.refuse_links(places.find(str(tmp_path)), "--workdir")

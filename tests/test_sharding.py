@@ -176,3 +176,10 @@ def test_of_several_slices_each_holds_a_run_of_the_data_axis():
     assert [{d.slice_index for d in row} for row in mesh.devices[:, :, 0]] == [{0}, {1}]
     with pytest.raises(UserError, match="mesh.data=1 is not a multiple of the 2 slices"):
         sharding.make_mesh(1, 8, 1, devices=devices)
+
+
+def test_programs_of_64_bits_are_refused():
+    with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+        with pytest.raises(UserError, match="JAX_ENABLE_X64 is on.*unset it"):
+            sharding.make_mesh()
+    sharding.make_mesh()

@@ -119,7 +119,7 @@ def test_a_run_that_was_written_under_older_names_is_the_same(home, plain, recip
     (home / "older" / "manifest.json").write_text(json.dumps(manifest))
     runs.run(recipe, home / "older", data)
     assert "is finished" in capsys.readouterr().out
-    with pytest.raises(UserError, match="holds a run of another config .init.path: '' -> 'x'"):
+    with pytest.raises(UserError, match="holds a run of another config:\n  init.path: '' -> 'x'"):
         runs.run(recipe, home / "older", data, "--config.init.from=x")
 
 
@@ -189,6 +189,22 @@ def test_steps_that_are_not_finite_end_the_run(tmp_path, recipe, data):
     wild = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0", "--config.max_nonfinite=3")
     with pytest.raises(UserError, match=r"not finite in 3 steps in a row \(max_nonfinite=3\)"):
         runs.run(recipe, tmp_path, data, *wild)
+
+
+def test_a_run_that_ends_without_finite_losses_is_no_success(tmp_path, recipe, data, capsys):
+    wild = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0")
+    for _ in range(2):  # the second one finds it finished
+        with pytest.raises(UserError, match=r"the last \d of 8 steps had no finite loss or gradient and were skipped"):
+            runs.run(recipe, tmp_path, data, *wild)
+    said = capsys.readouterr()
+    assert "WARNING: step" in said.err and "steps so far had no finite loss or gradient" in said.err
+    assert "  skipped " in said.out and (tmp_path / "checkpoints" / "8").exists()
+
+
+def test_sixteen_bits_and_a_tied_head_on_cpus(tmp_path, recipe, data):
+    bits = ("--config.model.dtype=bfloat16", "--config.model.tie_embeddings=true", "--config.steps=2")
+    state = runs.run(recipe, tmp_path, data, *bits)
+    assert int(state.step) == 2 and not int(state.skipped)
 
 
 def test_a_full_disk_names_itself_and_spares_the_checkpoint_before(tmp_path, recipe, data):
@@ -274,7 +290,7 @@ def test_a_start_of_another_tokenizer_is_refused(tmp_path, recipe, plain):
 
 
 def test_a_workdir_of_another_config_is_refused(recipe, data, plain):
-    with pytest.raises(UserError, match=r"holds a run of another config \(optimizer.learning_rate: 0.01 -> 0.02\)"):
+    with pytest.raises(UserError, match=r"holds a run of another config:\n  optimizer.learning_rate: 0.01 -> 0.02\n"):
         runs.run(recipe, plain[0], data, "--config.optimizer.learning_rate=0.02")
 
 

@@ -131,6 +131,7 @@ class Windows:
                 f"choose a divisor, or prepare the data with another --record_tokens."
             )
         self.split, self.fingerprint = split, manifest["fingerprint"]
+        self._vocab_size = manifest["vocab_size"]
         shards = manifest["shards"][split]
         self._files = [os.path.join(directory, shard.file) for shard in shards]
         for path, shard in zip(self._files, shards, strict=True):
@@ -160,12 +161,19 @@ class Windows:
         record, slice_ = divmod(in_shard, self._rows_per_record)
         record += int(self._record_ends[shard - 1]) if shard else 0
         try:
-            return window(records.parse(self._source[record]), slice_ * self._seq_len, self._seq_len)
+            return window(self._read(record), slice_ * self._seq_len, self._seq_len)
         except Exception as error:  # a damaged file shows in many ways: RuntimeError, DecodeError, IndexError
             raise UserError(
                 f"{self._files[shard]} is damaged ({type(error).__name__}: {str(error)[:200]}): "
                 f"copy the data set again or prepare it anew."
             ) from error
+
+    def _read(self, number: int) -> records.Record:
+        record = records.parse(self._source[number])
+        tokens = record.tokens[: record.length]
+        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
+            raise ValueError(f"record {number} of the split has a token beyond the vocabulary of {self._vocab_size}")
+        return record
 
 
 def window(record: records.Record, offset: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, int]:
@@ -323,6 +331,7 @@ class Loader:
         if self._workers:
             if not flags.FLAGS.is_parsed():  # in a notebook or a test nobody has; grain's workers read flags
                 flags.FLAGS.mark_as_parsed()
+            orphans.start_tracker()
             options = grain.MultiprocessingOptions(self._workers, per_worker_buffer_size=2)
             dataset = dataset.mp_prefetch(options, _begin_worker)
         iterator = iter(dataset)

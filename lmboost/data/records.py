@@ -29,7 +29,7 @@ _NAME = "tokens"  # the data set's name in its file names
 _MANIFEST = {
     "fingerprint": str, "tokenizer_fingerprint": str, "vocab_size": int, "bos_id": int | None, "eos_id": int | None,
     "record_tokens": int, "arguments": dict,
-    "splits": {split: {"tokens": int, "documents": int, "records": int} for split in SPLITS},
+    "splits": {split: dict.fromkeys(("tokens", "documents", "bytes", "records"), int) for split in SPLITS},
     "shards": {split: [dict] for split in SPLITS}, "problems": dict,
 }  # fmt: skip
 
@@ -226,8 +226,9 @@ def read_manifest(directory: str | os.PathLike) -> dict:
     if (found := strict_json.read(path, {"format": int}, hint)["format"]) != FORMAT:
         raise UserError(f"{path} has format {found}, this version reads {FORMAT}: prepare the data again.")
     manifest = strict_json.read(path, _MANIFEST, hint)
-    if min(manifest["record_tokens"], manifest["vocab_size"]) < 1:
-        raise UserError(f"{path}: record_tokens and vocab_size must be at least 1. {hint}")
+    counts = [manifest["record_tokens"], manifest["vocab_size"], *(manifest["splits"][s]["tokens"] for s in SPLITS)]
+    if min(counts) < 1:
+        raise UserError(f"{path}: record_tokens, vocab_size and the splits' tokens must be at least 1. {hint}")
     for split in SPLITS:
         entries = [strict_json.make(Shard, entry, f"{path}: a shard", hint) for entry in manifest["shards"][split]]
         if not entries or any(pathlib.PurePath(entry.file).name != entry.file for entry in entries):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import widen
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+_PLACES = re.compile(r"[^\s=,:'\"]*/(?=[^/\s=,'\"])")  # of a path, all before its last part
 _CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -115,5 +117,14 @@ def _card(family: Family, model: ModelConfig, manifest: Mapping[str, Any]) -> st
     return _CARD.format(
         title=f"{family.architecture}, {model.num_params():,} parameters",
         text="\n".join(lines),
-        manifest=json.dumps(manifest, indent=1, sort_keys=True),
+        manifest=json.dumps(_without_places(manifest), indent=1, sort_keys=True),
     )
+
+
+def _without_places(value: Any) -> Any:
+    """A manifest to be published: of each path in it the last part alone."""
+    if isinstance(value, Mapping):
+        return {key: x if key == "layer_sizes" else _without_places(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(x) for x in value]
+    return _PLACES.sub("", value) if isinstance(value, str) else value

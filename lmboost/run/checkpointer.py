@@ -47,6 +47,8 @@ class Checkpointer:
         self._failure = None  # (time, message) of the last save, if it failed and was not tried again yet
         self._broken = False  # whether the manager is to be opened anew
         self._time = time.monotonic()
+        self._proven = False  # whether a checkpoint of this run has been read
+        self._shapes: dict[str, Any] = {}  # of what was saved last
 
     def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
@@ -80,7 +82,7 @@ class Checkpointer:
                 damaged.append((step, error))
                 continue
             self._put_aside(damaged)
-            self._saved = step
+            self._saved, self._proven = step, True
             return *found, step
         if damaged:
             reasons = "; ".join(str(error) for _, error in damaged)
@@ -138,6 +140,7 @@ class Checkpointer:
         if self._saved == done and self._failure is None:
             return
         trees = {name: ocp.args.StandardSave(tree) for name, tree in split(state).items()}
+        self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), split(state))
         position = ocp.args.JsonSave(position | {"fingerprints": fingerprints(state, position)})
         items = ocp.args.Composite(**trees, position=position, manifest=ocp.args.JsonSave(manifest))
         self._saved, self._time = done, time.monotonic()
@@ -178,8 +181,20 @@ class Checkpointer:
                 self._fail(error)
 
     def _settle(self) -> None:
-        """Waits for the save in the background."""
-        self._attempt(lambda: None if self._broken else self._manager.wait_until_finished())
+        """Waits for the save in the background; the first of a run must be found again."""
+        self._attempt(self._wait)
+
+    def _wait(self) -> None:
+        if self._broken:
+            return
+        self._manager.wait_until_finished()
+        if self._shapes and not self._proven and self._failure is None:
+            directory = self._run.at(self._saved)
+            for name, shapes in self._shapes.items():
+                checkpoint.check_same(directory, checkpoint.tree_metadata(directory, name), shapes)
+            for name in ("position", "manifest"):
+                checkpoint.read_json(directory, name)
+            self._proven = True
 
     def _attempt(self, part: Callable[[], Any]) -> None:
         """Does a part of a save; a failure in any process breaks the manager in all of them."""

@@ -30,9 +30,8 @@ class Preemption:
         self._alone = jax.process_count() == 1
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = notice.listen(self._take)
-            if not self._alone:  # jax itself has taken SIGTERM
-                signal.signal(signal.SIGTERM, self._before.pop(signal.SIGTERM, signal.SIG_DFL))
+            others = [number for number in notice.NUMBERS if self._alone or number != signal.SIGTERM]
+            self._before = notice.listen(self._take, others)  # of several, jax itself has taken SIGTERM
 
     def _take(self, number: int, _: Any) -> None:
         self._interrupts += number == signal.SIGINT

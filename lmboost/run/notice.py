@@ -5,7 +5,7 @@ It imports nothing that takes time, so that a verb can call `listen` before it i
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lmboost.errors import EXIT_PREEMPTED
@@ -13,12 +13,12 @@ from lmboost.errors import EXIT_PREEMPTED
 NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def listen(handler: Callable[[int, Any], None] | None = None) -> dict[int, Any]:
+def listen(handler: Callable[[int, Any], None] | None = None, numbers: Sequence[int] = NUMBERS) -> dict[int, Any]:
     """Has `handler` called upon a notice; returns what was called before. By default the process ends with status 75.
 
     What is ignored stays so: nohup ignores SIGHUP, and shells SIGINT of what they run behind.
     """
-    free = [number for number in NUMBERS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    free = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     return {number: signal.signal(number, handler or _end) for number in free}
 
 

@@ -22,6 +22,7 @@ from lmboost.data import records, unfinished
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
 from tests.compare import content
+from tests.runs import is_alive
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -409,13 +410,6 @@ def test_workers_end_with_a_parent_that_is_killed():
     parent.kill()
     parent.join()
     until = time.monotonic() + 30
-    while time.monotonic() < until:
-        try:
-            state = pathlib.Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return
-        if state == "Z":
-            return
+    while is_alive(worker):
+        assert time.monotonic() < until, "the worker has outlived its parent"
         time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    pytest.fail("the worker has outlived its parent")

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lmboost.data import tokenizer as tokenizer_lib
@@ -158,7 +158,7 @@ def test_tokens_that_no_text_has_make_no_difference(tmp_path, made):
     assert "id 7 is" in data.disagreement(fewer)
 
 
-fuzz = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = harmed.fuzz
 WHOLE = {
     CONFIG: {"bos_token": "<a>", "eos_token": {"content": "<b>"}, "added_tokens_decoder": {"5": {"content": "<a>"}}},
     MAP: {"bos_token": "<a>", "eos_token": {"content": "<b>"}},

@@ -110,25 +110,57 @@ def test_sigterm(part, processes, tmp_path, job, whole, monkeypatch):
     assert_goes_on(job, processes, tmp_path / "run", whole)
 
 
-def test_sigterm_to_one_host_stops_both(tmp_path, job, paced_job, whole):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_host_stops_both(number, tmp_path, job, paced_job, whole):
     process = paced_job(2, tmp_path, "--config.checkpoint.every=1000", own=("--restarts=0",))
     wait_for_step(process, tmp_path, 9)
-    kill_children(process, signal.SIGTERM, slice(1, 2))
+    kill_children(process, number, slice(1, 2))
     output = finish(process, 75)
     (newest,) = saved(tmp_path)
     assert f"saved: step {newest}" in output and 9 <= newest < 24
     assert_goes_on(job, 2, tmp_path, whole)
 
 
-def test_sigterm_to_the_whole_group_spares_the_workers(tmp_path, recipe, data, teacher, whole):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_spares_the_workers(number, tmp_path, recipe, data, teacher, whole):
+    """SIGINT is what a terminal sends upon Ctrl-C, SIGHUP when it is closed."""
     arguments = (f"{recipe}:helped", tmp_path, data, teacher, *STEPS, "--config.data.workers=2")
     process = runs.start(*arguments)
     wait_for_step(process, tmp_path, 9)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     output = finish(process, 75)
-    assert f"saved: step {saved(tmp_path)[-1]}" in output
+    assert f"saved: step {saved(tmp_path)[-1]}" in output and "Traceback" not in output
     finish(runs.start(*arguments))
     assert final(tmp_path) == final(whole[1])
+
+
+def test_workers_end_with_a_run_that_is_killed(tmp_path, recipe, data, teacher):
+    process = runs.start(f"{recipe}:helped", tmp_path, data, teacher, *STEPS, "--config.data.workers=2")
+    wait_for_step(process, tmp_path, 4)
+    tasks = pathlib.Path(f"/proc/{process.pid}/task").iterdir()
+    workers = [pid for task in tasks for pid in (task / "children").read_text().split()]
+    assert len(workers) >= 2
+    process.kill()
+    process.communicate()
+    until = time.monotonic() + 60
+    while left := [pid for pid in workers if runs.is_alive(int(pid))]:
+        assert time.monotonic() < until, left
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("what", ["all of it", "metrics.jsonl", "manifest.json", "lock"])
+def test_what_is_removed_during_a_run_is_said_and_made_good(what, tmp_path, paced_job, whole):
+    process = paced_job(1, tmp_path / "run", own=("--restarts=0",))
+    wait_for_step(process, tmp_path / "run", 9)
+    if what == "all of it":
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)  # in which files appear meanwhile
+    else:
+        (tmp_path / "run" / what).unlink()
+    output = finish(process)
+    assert f"WARNING: {tmp_path / 'run'}" in output and "was removed" in output
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"checkpoints", "metrics.jsonl", "manifest.json", "lock"} <= there
+    assert final(tmp_path / "run") == final(whole[1])
 
 
 def test_a_host_comes_late(tmp_path, recipe, data, teacher, whole):

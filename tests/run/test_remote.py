@@ -19,7 +19,7 @@ import pytest
 
 from lmboost import places
 from lmboost.errors import UserError
-from lmboost.run import logdir, metrics
+from lmboost.run import lock, logdir, metrics
 from tests import gcs, runs
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("gcsfs"), reason='needs pip install -e ".[gcs]"')
@@ -281,3 +281,17 @@ def test_a_run_in_a_bucket_killed_and_resumed_ends_as_an_unbroken_local_one(
     assert all(np.array_equal(params(root)[1][k], expected[k]) for k in expected)
     assert not (root / "lock").exists()
     assert (root / "manifest.json").exists() and not (runs.ROOT / "gs:").exists(), "nor a local directory of that name"
+
+
+def test_of_two_that_take_the_lease_of_a_workdir_one_has_it(root, monkeypatch):
+    monkeypatch.setattr(lock.Lock, "LEASE", 1.5)
+    with closing(lock.Lock(str(root))):
+        assert json.loads((root / "lock").read_text())["pid"] == os.getpid()
+        with pytest.raises(UserError, match="is in use by a run that is alive"):
+            lock.Lock(str(root))
+    assert not (root / "lock").exists()
+    (root / "lock").write_text("left by one that was killed")
+    with closing(lock.Lock(str(root))) as held:
+        assert held._number == 1 and (root / "lock.1").exists()
+        with pytest.raises(FileExistsError):
+            places.create(root / "lock.1", b"another")

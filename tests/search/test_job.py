@@ -1,5 +1,6 @@
 """The search: better than chance, compiled once, resumed to the same end, and its winner ready to be trained."""
 
+import contextlib
 import json
 import os
 import random
@@ -14,11 +15,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from lmboost import checkpoint, evaluate, sharding
+from lmboost import checkpoint, config, evaluate, sharding
 from lmboost.config import load
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
+from lmboost.run import lock
 from lmboost.search import evolution, fitness, notation
 from lmboost.search import job as searches
 from lmboost.surgery import subnet, view
@@ -241,3 +243,27 @@ def test_another_tokenizer_is_refused(parent, recipe, home, tmp_path):
     other = "--config.data.train=" + runs.write_data(tmp_path, seed=1, tokenizer="train:310")
     with pytest.raises(UserError, match="init.path: the model in .* was trained with another tokenizer"):
         run(parent, other, recipe, tmp_path / "search")
+
+
+@pytest.mark.parametrize(
+    "name", ['x"""+__import__("os").system("touch pwned")+"""', "it's", "f\u00e4lle\u2028{0}", "\\N{BULLET}"]
+)
+def test_a_winners_config_is_data_whatever_its_texts_are(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    c = config.base()
+    c.update_from_flattened_dict({"init.path": name, "data.train": name, "watchdog.seconds": float("inf")})
+    text = searches.RECIPE.format(parent=ascii(name), params=5, loss=1.5, values=searches._literal(c.to_dict()))
+    (tmp_path / "winner.py").write_text(text, encoding="ascii")
+    found = config.load_recipe(str(tmp_path / "winner.py"))
+    assert (found.init.path, found.data.train, found.watchdog.seconds) == (name, name, float("inf"))
+    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["winner.py"]
+
+
+def test_a_workdir_that_another_search_or_something_else_holds_is_refused(parent, data, recipe, tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(UserError, match="holds notes, but no search.json"):
+        run(parent, data, recipe, tmp_path)
+    (tmp_path / "notes").unlink()
+    in_use = pytest.raises(UserError, match="is in use by a run that is alive")
+    with contextlib.closing(lock.Lock(str(tmp_path))), in_use:
+        run(parent, data, recipe, tmp_path)
