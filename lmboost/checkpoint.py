@@ -35,7 +35,7 @@ from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 
 # What is read of manifests and positions, see strict_json.
-_RUN = {"config": dict, "data?": {"fingerprint?": str | None}}
+_RUN = {"config": dict, "data?": {"train?": str, "fingerprint?": str}}
 _ITEMS = {
     "manifest": {
         "model": dict,

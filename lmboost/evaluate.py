@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import loader
-from lmboost.errors import count, one_of, run_flags
+from lmboost.errors import UserError, count, one_of, run_flags
 from lmboost.models.model_config import DTYPES, ModelConfig
 from lmboost.train_step import make_eval_step
 
@@ -117,6 +117,9 @@ def evaluate_tasks(
 
     count("--batch_size", batch_size)
     count("--max_length", max_length, 0)
+    count("--num_fewshot", num_fewshot or 0, 0)
+    if limit is not None and not limit > 0:
+        raise UserError(f"--limit={limit} must be above 0: so many examples of each task, or below 1 a fraction.")
     names = harness.names_of(tasks)
     harness.find_tasks(names, include_path)
     saved = Saved.find(checkpoint, step)

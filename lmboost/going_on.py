@@ -40,12 +40,13 @@ def check_workdir(config: ConfigDict, workdir: str, data: Mapping[str, str]) -> 
             f"or another workdir. There, resume.path={workdir} goes on from it where its data and seed stay the same, "
             f"and init.path={workdir} starts from its parameters alone."
         )
-    if before.get("fingerprint") not in (None, data["fingerprint"]):
-        raise UserError(
-            f"--workdir={workdir} holds a run that was validated on other data (fingerprint "
-            f"{str(before['fingerprint'])[:12]}, now {data['fingerprint'][:12]}): data.validation has changed since, "
-            "and its losses could not be compared. Give the data of before, or choose another workdir."
-        )
+    for name, done, field in (("train", "trained", "data.train"), ("fingerprint", "validated", "data.validation")):
+        if before.get(name) not in (None, data[name]):
+            raise UserError(
+                f"--workdir={workdir} holds a run that was {done} on other data (fingerprint {before[name][:12]}, now "
+                f"{data[name][:12]}): {field} has changed since, and its losses could not be compared. Give the data "
+                "of before, or choose another workdir."
+            )
 
 
 def _is_marked(helper: Any) -> bool:

@@ -158,11 +158,17 @@ def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[
 
 def check_numbers(config: ConfigDict, num_devices: int) -> None:
     """Raises a UserError on the first number of the config that cannot be, on so many devices."""
-    for field in ("steps", "batch_size", "seq_len", "accumulation", "log.every", "checkpoint.every", "checkpoint.keep"):
+    for field in (
+        "steps", "batch_size", "seq_len", "accumulation", "log.every", "log.profile_steps", "checkpoint.every",
+        "checkpoint.keep", "objective.block_tokens", "max_nonfinite",
+    ):  # fmt: skip
         if (value := configs.flatten(config)[field]) < 1:
             raise UserError(f"{field}={value} must be at least 1.")
-    for field in ("checkpoint.seconds", "checkpoint.keep_every", "checkpoint.retry_seconds", "watchdog.seconds"):
-        if (value := configs.flatten(config)[field]) < 0:
+    for field in (
+        "checkpoint.seconds", "checkpoint.keep_every", "checkpoint.retry_seconds", "watchdog.seconds", "eval.every",
+        "data.workers", "seed",
+    ):  # fmt: skip
+        if not (value := configs.flatten(config)[field]) >= 0:  # a NaN, too
             raise UserError(f"{field}={value} must be at least 0.")
     if config.eval.batches < 1 and config.eval.batches != -1:
         raise UserError(f"eval.batches={config.eval.batches} must be at least 1, or -1 for the whole split.")

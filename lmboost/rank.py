@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import loader
-from lmboost.errors import UserError, run_flags
+from lmboost.errors import UserError, count, run_flags
 from lmboost.surgery import attention_rank
 
 COLOURS = ("#0072B2", "#D55E00")
@@ -29,6 +29,8 @@ def write(checkpoint: str, out: str, data: str = "", step: int = -1, rows: int =
 
     Raises a UserError where layers have unequal numbers of heads: there is no table of them.
     """
+    count("--rows", rows)
+    count("--tokens", tokens, 2)
     saved = Saved.find(checkpoint, step)
     model = saved.model_for(dtype="float32")
     if len(heads := {sizes.num_heads for sizes in model.sizes}) > 1:

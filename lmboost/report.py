@@ -307,10 +307,12 @@ def main(baseline: str, run: Sequence[str], helper: Sequence[str], out: str, las
     """The verb; its arguments are the flags of `flags`."""
     if last < 1:
         raise UserError(f"--last={last}: expected at least 1 evaluation to average.")
+    baseline, out, *run = map(os.path.expanduser, (baseline, out, *run))
+    helper = [os.path.expanduser(directory) for directory in helper]
     runs = [load_run(baseline, last, "--baseline"), *(load_run(directory, last) for directory in run)]
     runs = distinct(runs, [baseline, *run])
     cost = sum(map(training_flops, helper)) if helper else None
-    write(compare(runs[0], runs[1:], cost), runs, os.path.expanduser(out), last)
+    write(compare(runs[0], runs[1:], cost), runs, out, last)
 
 
 def flags() -> argparse.ArgumentParser:

@@ -28,12 +28,18 @@ def read(path: str | os.PathLike, expected: Mapping[str, Any], hint: str) -> dic
       expected: its fields, as above.
       hint: what to do about a file that is not like that; ends the message.
 
-    Raises a UserError naming the file, and the field where it is one; an OSError where the file cannot be opened.
+    Raises a UserError naming the file, and the field where it is one; a FileNotFoundError where there is no such file.
     """
     path = epath.Path(path)
-    if (size := path.stat().length) > MAX_BYTES:
-        raise UserError(f"{path} has {size:,} bytes, expected a JSON object of at most {MAX_BYTES:,}. {hint}")
-    return parse(path.read_bytes(), path, expected, hint)
+    try:
+        if (size := path.stat().length) > MAX_BYTES:
+            raise UserError(f"{path} has {size:,} bytes, expected a JSON object of at most {MAX_BYTES:,}. {hint}")
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a directory, or one that others may not read
+        raise UserError(f"{path} cannot be read ({error.strerror or error}). {hint}") from error
+    return parse(raw, path, expected, hint)
 
 
 def parse(raw: bytes, path: str | os.PathLike, expected: Mapping[str, Any], hint: str) -> dict[str, Any]:

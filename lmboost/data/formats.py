@@ -24,7 +24,7 @@ _COMPRESSED = {
     "lz4": re.compile(rb"\x04\x22\x4d\x18"),
 }  # fmt: skip
 _SUFFIXES = {".gz": "gz", ".zst": "zst", ".zstd": "zst", ".xz": "xz", ".bz2": "bz2", ".lz4": "lz4"}
-_JSON_NAMES = (".json", ".jsonl", ".jl", ".ndjson")
+_JSON_NAMES = (".json", ".jsonl", ".jl", ".ndjson", ".jsonlines")
 _TABLES = (".csv", ".tsv", ".xlsx", ".xls")
 _NO_TEXT = {
     b"PAR1": "a Parquet file (name it .parquet)", b"ARROW1": "an Arrow file", b"FEA1": "a Feather file",
@@ -178,14 +178,18 @@ def _no_text(head: bytes) -> str | None:
 
 
 def begins_with_json(file: io.BufferedReader, text_field: str) -> bool:
-    """Whether the first line is a JSON object with the text field, whatever the file's name is."""
-    line, end, _ = file.peek(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
-    if not line.startswith(b"{"):
+    """Whether a file is lines of JSON, whatever its name: the first with the text field, or two of them."""
+    first, *rest = file.peek(HEAD).lstrip(b"\xef\xbb\xbf \t\r\n").split(b"\n")
+    if not first.startswith(b"{"):
         return False
-    if not end:  # a line so long that only its beginning is here
-        return json.dumps(text_field).encode() in line
+    if not rest:  # a line so long that only its beginning is here, or the only one
+        return json.dumps(text_field).encode() in first
+    second = rest[0] if len(rest) > 1 else b""  # whole, too
+    return _is_object(first) and (text_field in json.loads(first) or _is_object(second))
+
+
+def _is_object(line: bytes) -> bool:
     try:
-        found = json.loads(line)
+        return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and text_field in found

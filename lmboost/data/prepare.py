@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import shutil
+import signal
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -221,6 +222,10 @@ def _run(task: Callable, arguments: list[tuple], workers: int, done: str, report
         for count, future in enumerate(futures.as_completed(pending), 1):
             future.result()
             tell(count)
+    except KeyboardInterrupt:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
     except futures.process.BrokenProcessPool as error:
         raise UserError(
             "a worker process died, most likely for want of memory: run the same command with fewer --workers; "
@@ -232,6 +237,7 @@ def _run(task: Callable, arguments: list[tuple], workers: int, done: str, report
 
 def _begin_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library would start a thread per core in each process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     orphans.end_with_parent()
 
 

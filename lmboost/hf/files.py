@@ -53,8 +53,6 @@ def read_json(path: pathlib.Path, expected: Mapping[str, Any]) -> dict[str, Any]
         return strict_json.read(path, expected, "Download it again.")
     except FileNotFoundError:
         raise UserError(f"{path} is missing: a Hub directory has one. Download the model again.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend its rights, or download it again.") from error
 
 
 def open_tensors(directory: pathlib.Path) -> dict[str, Stored]:

@@ -37,9 +37,10 @@ class Preemption:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
             os._exit(EXIT_INTERRUPTED)
-        if not self._alone and not self._told:
+        if self._alone:
+            self._told = True
+        else:
             os.kill(os.getpid(), signal.SIGTERM)  # of which jax tells the others
-        self._told = True
 
     def told(self) -> bool:
         """Whether a process that is alone has been told to stop; several must go on to where `reached` says so."""

@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from lmboost import checkpoint, places, sharding, standalone
 from lmboost import config as configs
 from lmboost.data import loader, tokenizer
-from lmboost.errors import UserError
+from lmboost.errors import UserError, count
 from lmboost.hf.reader import PREFIX
 from lmboost.models.model_config import NEUTRAL, ModelConfig
 from lmboost.run import lock
@@ -76,6 +76,8 @@ def search(config: ConfigDict, workdir: str, say: Callable[[str], None] = print)
     if "://" in workdir:
         raise UserError(f"--workdir={workdir}: expected a local directory.")
     c, out = config.search, pathlib.Path(places.find(workdir))
+    count("search.candidates", c.candidates)
+    count("search.batch", c.batch)
     spec = config.data.validation or config.data.train
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
