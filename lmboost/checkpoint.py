@@ -27,7 +27,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 
 from lmboost import places, sharding, strict_json
-from lmboost.data import loader
+from lmboost.data import loader, special_tokens
 from lmboost.data import tokenizer as tokenizers
 from lmboost.errors import UserError
 from lmboost.hf import reader
@@ -170,11 +170,13 @@ class Saved:
                 f"{', '.join(data.directories)} ({data.tokenizer_fingerprint[:12]}): {why}. Its embeddings and "
                 "predictions are of other tokens. Prepare the data with its tokenizer, or choose another model."
             )
-        if self.model.vocab_size < data.vocab_size:
-            raise UserError(
-                f"{where} has a vocabulary of {self.model.vocab_size}, fewer than the {data.vocab_size} pieces of the "
-                "data's tokenizer: choose another model."
-            )
+        if self.model.vocab_size < data.vocab_size:  # which may be for tokens that no text has
+            needed = tokenizers.load(data.tokenizer_path).text_vocab_size
+            if self.model.vocab_size < needed:
+                raise UserError(
+                    f"{where} has a vocabulary of {self.model.vocab_size}, fewer than the {needed} pieces of the "
+                    "data's tokenizer: choose another model."
+                )
 
     def _disagreement(self, data: loader.DataInfo) -> str | None:
         """What of the data's tokens is another one to the model; None where only tokens differ that no text has."""
@@ -205,11 +207,13 @@ class Saved:
                 f"the tokenizer in {path} ({found.fingerprint[:12]}) is not the one that the model in {self.directory} "
                 f"was trained with ({self.tokenizer_fingerprint[:12]}): give that one with {field}."
             )
-        if found.vocab_size > self.model.vocab_size:
+        if found.text_vocab_size > self.model.vocab_size:
             raise UserError(
-                f"the tokenizer in {found.path} has {found.vocab_size} pieces, more than the model's "
+                f"the tokenizer in {found.path} has {found.text_vocab_size} pieces, more than the model's "
                 f"vocab_size={self.model.vocab_size}: give the one that it was trained with as {field}."
             )
+        if reader.is_directory(self.directory):  # whose files say what ends a text, wherever the tokenizer lies
+            found.end_also(special_tokens.ends(self.directory))
         return found
 
     def _tokenizer_beside(self) -> epath.Path | None:

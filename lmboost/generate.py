@@ -12,6 +12,7 @@ Shape suffixes: B rows, P slots of the prompts, N slots for new tokens, S = P + 
 import argparse
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -312,7 +313,7 @@ def generate(
 def _read_prompts(path: str) -> list[str]:
     """The lines of a file. Only a line feed ends one, with a carriage return before it or not; the last may lack it."""
     try:
-        text = pathlib.Path(path).expanduser().read_bytes().decode("utf-8")
+        text = pathlib.Path(os.path.expanduser(path)).read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={path!r} can't be read: {error}.") from error
     lines = text.removesuffix("\n").split("\n") if text else []

@@ -20,8 +20,10 @@ LLAMA = ModelConfig(
 
 
 def write_tokenizer(directory, size: int = 280, split=None) -> pathlib.Path:
-    """A byte-level tokenizer.json with <s> and </s>; `split` comes before the bytes."""
+    """A byte-level tokenizer.json with <s> and </s>; `split` comes before the bytes, and NFC before that."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    if split:
+        model.normalizer = tokenizers.normalizers.NFC()
     bytes_ = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, bytes_]) if split else bytes_
     model.decoder = tokenizers.decoders.ByteLevel()

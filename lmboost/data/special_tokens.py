@@ -3,10 +3,11 @@
 1. special_tokens_map.json, where tokenizer_config.json has no added_tokens_decoder; 2. tokenizer_config.json; in both,
 null says that there is none; 3. the model file itself (SentencePiece); 4. the defaults of the class that
 tokenizer_config.json or config.json names; 5. the ids in generation_config.json and config.json. Names are guessed only
-where the first two say nothing, and never one that begins a turn of a conversation.
+where all of these say nothing and no class is named, and never one that begins a turn of a conversation.
 Source: transformers 5, PreTrainedTokenizerBase._from_pretrained; the fifth is ours.
 """
 
+import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -31,13 +32,14 @@ _CLASSES = {  # by model_type
     "qwen3": "Qwen2Tokenizer",
 }  # fmt: skip
 _HINT = "Mend it, or download it again."
-_TOKEN = str | dict | None
+_NOWHERE = "no file"
+_TOKEN, _IDS = str | dict | None, int | list | None
 _EXPECTED = {
     CONFIG: {"bos_token?": _TOKEN, "eos_token?": _TOKEN, "tokenizer_class?": str | None, "added_tokens_decoder?": dict},
     MAP: {"bos_token?": _TOKEN, "eos_token?": _TOKEN},
     ADDED: {},
-    MODEL: {"tokenizer_class?": str | None, "model_type?": str | None},
-    GENERATION: {},
+    MODEL: {"tokenizer_class?": str | None, "model_type?": str | None, "bos_token_id?": _IDS, "eos_token_id?": _IDS},
+    GENERATION: {"bos_token_id?": _IDS, "eos_token_id?": _IDS},
 }
 
 
@@ -53,6 +55,11 @@ class Special(NamedTuple):
     bos_from: str
     eos_from: str
     stop_ids: tuple[int, ...]
+
+
+def ends(directory: str | os.PathLike) -> list[int]:
+    """The ids that end a generation by the files in a Hub directory; there may be no such tokens."""
+    return Beside(pathlib.Path(directory) / "tokenizer.json").ids("eos_token_id")
 
 
 class Beside:
@@ -85,9 +92,13 @@ class Beside:
     def special(self, vocab: Mapping[str, int], own: tuple[str | None, str | None] | None = None) -> Special:
         """Which tokens of `vocab` are special. `own` are (bos, eos) of the model file, where it has such."""
         pieces = {i: piece for piece, i in vocab.items()}
-        (bos, bos_from), (eos, eos_from) = (self._token(i, name, vocab, pieces, own) for i, name in enumerate(_GUESSES))
+        found = [self._token(i, name, vocab, pieces, own) for i, name in enumerate(_GUESSES)]
+        if all(where == _NOWHERE for _, where in found) and not self._class():
+            guesses = [next((piece for piece in names if piece in vocab), None) for names in _GUESSES.values()]
+            found = [(piece, _NOWHERE if piece is None else "its name") for piece in guesses]
+        (bos, bos_from), (eos, eos_from) = found
         bos_id, eos_id = (None if piece is None else vocab[piece] for piece in (bos, eos))
-        ends = {i for i in (eos_id, *self._ids("eos_token_id")) if i in pieces}
+        ends = {i for i in (eos_id, *self.ids("eos_token_id")) if i in pieces}
         return Special(bos_id, eos_id, bos_from, eos_from, tuple(sorted(ends)))
 
     def _token(
@@ -100,32 +111,36 @@ class Beside:
                 return self._named(file, field, vocab), file
         if own is not None:
             return own[place], self.tokenizer.name
-        kind = self._config.get("tokenizer_class") or self._model.get("tokenizer_class")
-        kind = (kind or _CLASSES.get(self._model.get("model_type"), "")).removesuffix("Fast")
-        if (default := _DEFAULTS.get(kind, (None, None))[place]) in vocab:
+        if (default := _DEFAULTS.get(kind := self._class(), (None, None))[place]) in vocab:
             return default, f"the default of {kind}"
-        for i in self._ids(f"{field}_id"):
+        for i in self.ids(f"{field}_id"):
             if i in pieces:
                 return pieces[i], f"{field}_id of {GENERATION} or {MODEL}"
-        if CONFIG not in self._found and not self._found.get(MAP):
-            guess = next((piece for piece in _GUESSES[name] if piece in vocab), None)
-            return guess, "its name"
-        return None, "no file"
+        return None, _NOWHERE
+
+    def _class(self) -> str:
+        """Of the tokenizer in transformers; "" where nothing says which."""
+        kind = self._config.get("tokenizer_class") or self._model.get("tokenizer_class")
+        return (kind or _CLASSES.get(self._model.get("model_type"), "")).removesuffix("Fast")
 
     def _named(self, file: str, field: str, vocab: Mapping[str, int]) -> str | None:
         """The piece that a file names."""
-        piece = self._found[file][field]
-        piece = piece.get("content") if isinstance(piece, dict) else piece
-        if piece is not None and (not isinstance(piece, str) or piece not in vocab):
+        piece, where = self._found[file][field], self.tokenizer.with_name(file)
+        if isinstance(piece, dict):
+            strict_json.check(piece, {"content": str}, f"{where}: {field}", _HINT)
+            piece = piece["content"]
+        if piece is not None and piece not in vocab:
             raise UserError(
-                f"{self.tokenizer.with_name(file)}: {field}={piece!r} is not in the vocabulary of {self.tokenizer}."
+                f"{where}: {field}={piece!r} is not in the vocabulary of {self.tokenizer}. Name one that is, or save "
+                "the tokenizer again with transformers, which writes all of its tokens to one tokenizer.json."
             )
         return piece
 
-    def _ids(self, field: str) -> list[int]:
+    def ids(self, field: str) -> list[int]:
         """The ids that generation_config.json, or else config.json, has in a field."""
-        for values in (self._found.get(GENERATION, {}), self._model):
-            if (value := values.get(field)) is not None:
+        for file in (GENERATION, MODEL):
+            if (value := self._found.get(file, {}).get(field)) is not None:
                 ids = value if isinstance(value, list) else [value]
-                return [i for i in ids if isinstance(i, int) and not isinstance(i, bool)]
+                strict_json.check({field: ids}, {field: [int]}, str(self.tokenizer.with_name(file)), _HINT)
+                return ids
         return []

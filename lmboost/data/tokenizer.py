@@ -4,6 +4,7 @@ Both read and write plain text exactly: `decode(encode(text)) == text` for a tok
 """
 
 import abc
+import contextlib
 import functools
 import hashlib
 import io
@@ -88,6 +89,16 @@ class Tokenizer(abc.ABC):
         return None
 
     @property
+    def text_vocab_size(self) -> int:
+        """One more than the largest id of a document: of tokens that none has, a model may have no rows."""
+        return max(self.in_texts() | {i for i in (self.bos_id, self.eos_id) if i is not None}, default=-1) + 1
+
+    def end_also(self, ids: Iterable[int]) -> None:
+        """Generation ends with these ids, too, as far as there are such."""
+        there = {i for i in ids if 0 <= i < self.vocab_size}
+        self.special = self.special._replace(stop_ids=tuple(sorted(there.union(self.special.stop_ids))))
+
+    @property
     def borders(self) -> str:
         """With which tokens documents begin and end, in words."""
         pieces, s = self.pieces(), self.special
@@ -108,7 +119,7 @@ class Tokenizer(abc.ABC):
         self._copy(target)
         pieces, beside = self.pieces(), self.path.with_name(special_tokens.CONFIG)
         config = strict_json.read(beside, {}, "Mend or remove it.") if beside.is_file() else {}
-        if config or self.kind == "huggingface":
+        if config or {self.special.bos_from, self.special.eos_from} != {self.path.name}:
             named = {"bos_token": self.bos_id, "eos_token": self.eos_id}
             config |= {name: None if i is None else pieces[i] for name, i in named.items()}
             _write_json(directory / special_tokens.CONFIG, config)
@@ -139,11 +150,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(self.path.read_bytes())
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"tokenizer {self.path} is not a readable SentencePiece model: {error}") from error
-        self.vocab_size = self._model.vocab_size()
-        bos, eos = (None if i < 0 else self._model.id_to_piece(i) for i in (self._model.bos_id(), self._model.eos_id()))
-        vocab = {piece: i for i, piece in enumerate(self.pieces())}
+            self.vocab_size = self._model.vocab_size()
+            pieces = self.pieces()
+        except (RuntimeError, OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"tokenizer {self.path} is not a readable SentencePiece model ({places.brief(error)}): download "
+                "it again, or give a tokenizer.json."
+            ) from error
+        bos, eos = (None if i < 0 else pieces[i] for i in (self._model.bos_id(), self._model.eos_id()))
+        vocab = {piece: i for i, piece in enumerate(pieces)}
         self.special = special_tokens.Beside(self.path).special(vocab, (bos, eos))
         self.adds_bos = self.bos_id is not None
         mark_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in _SPACE_MARK.encode()]
@@ -176,13 +191,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
-        try:
+        with refusing(self.path, "is not a readable tokenizer.json"):
             self._model = tokenizers.Tokenizer.from_file(str(self.path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # of a malformed file the library raises plain Exception, or panics
-            reason = str(error)[:300]
-            raise UserError(f"tokenizer {self.path} is not a readable tokenizer.json: {reason}") from error
         self._model.no_padding()
         self._model.no_truncation()
         self._model.encode_special_tokens = True  # "<|endoftext|>" inside a document is text, not an end
@@ -192,8 +202,14 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._vocab.values(), default=-1) + 1
         if self.vocab_size > special_tokens.LARGEST_ID:
             raise UserError(f"tokenizer {self.path} has an id {self.vocab_size - 1}, which no vocabulary has: mend it.")
+        table = self.pieces()
+        if twice := next((piece for piece, i in self._vocab.items() if table[i] != piece), None):
+            i = self._vocab[twice]
+            raise UserError(f"tokenizer {self.path}: both {twice!r} and {table[i]!r} have the id {i}: mend it.")
         self.special = beside.special(self._vocab)
-        self.adds_bos = self.bos_id is not None and self._model.encode("").ids[:1] == [self.bos_id]
+        self._keep_out_of_texts()
+        with refusing(self.path, "cannot encode a text"):
+            self.adds_bos = self.bos_id is not None and self._model.encode("").ids[:1] == [self.bos_id]
 
     def _add(self, tokens: Mapping[int, dict[str, Any]]) -> bool:
         """Adds the tokens that only the files beside have; whether there are such."""
@@ -212,6 +228,13 @@ class HuggingFaceTokenizer(Tokenizer):
                 )
         return bool(new)
 
+    def _keep_out_of_texts(self) -> None:
+        """Makes the begin and the end special, as transformers does, where the file has them as tokens of texts."""
+        added = self._model.get_added_tokens_decoder()
+        for i in {self.bos_id, self.eos_id} & set(added):
+            if not added[i].special:
+                self._model.add_special_tokens([tokenizers.AddedToken(added[i].content, special=True)])
+
     def _copy(self, target: pathlib.Path) -> None:
         if self._added:
             self._model.encode_special_tokens = False  # as in the file
@@ -225,11 +248,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return set(self._vocab.values()) - special
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        with refusing(self.path, "cannot encode a text; give one that has a token for every character"):
+            encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode(self._checked(ids), skip_special_tokens=False)
+        ids = self._checked(ids)
+        with refusing(self.path, "cannot decode its tokens"):
+            return self._model.decode(ids, skip_special_tokens=False)
 
     def pieces(self) -> list[str | None]:
         table: list[str | None] = [None] * self.vocab_size
@@ -238,11 +264,22 @@ class HuggingFaceTokenizer(Tokenizer):
         return table
 
 
+@contextlib.contextmanager
+def refusing(path: pathlib.Path, what: str) -> Iterator[None]:
+    """Of a malformed tokenizer the libraries raise plain Exception, or panic: here a UserError, with its path."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer {path} {what}: {str(error)[:300]}") from error
+
+
 def load(path: str | os.PathLike) -> Tokenizer:
     """The tokenizer in `path`: a `.model` file, a `tokenizer.json`, or a directory that holds one of them."""
-    path = pathlib.Path(path).expanduser()
+    path = pathlib.Path(os.path.expanduser(path))
     if path.is_dir():
-        found = [path / name for name in FILE_NAMES.values() if (path / name).is_file()]
+        found = [path / name for name in FILE_NAMES.values() if os.path.lexists(path / name)]
         if not found:
             raise UserError(f"tokenizer={path}: the directory holds neither {' nor '.join(FILE_NAMES.values())}.")
         path = found[0]

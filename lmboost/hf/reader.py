@@ -66,9 +66,9 @@ def read_manifest(directory: epath.Path) -> dict[str, Any]:
         )
     there = any((directory / name).exists() for name in tokenizer_lib.FILE_NAMES.values())
     tokenizer = tokenizer_lib.load(directory) if there else None
-    if tokenizer and tokenizer.vocab_size > published.model.vocab_size:
+    if tokenizer and tokenizer.text_vocab_size > published.model.vocab_size:
         raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but config.json beside it vocab_size="
+            f"{tokenizer.path} has {tokenizer.text_vocab_size} pieces, but config.json beside it vocab_size="
             f"{published.model.vocab_size}: give the tokenizer that the model was trained with."
         )
     return {

@@ -4,15 +4,16 @@ Source of the conversion: SentencePiece's own description of a model (sentencepi
 pair whose piece has the highest score first, so a tokenizer.json lists the pairs of every piece in the scores' order.
 """
 
-import json
 import pathlib
 import shutil
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 from tokenizers import decoders, models, normalizers, processors
 
+from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.data.tokenizer import Tokenizer
 from lmboost.errors import UserError
 from lmboost.hf import files
@@ -32,14 +33,31 @@ _MARK = "\u2581"  # SentencePiece's space
 _SPLIT_OF_QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_OF_QWEN = {  # of its tokenizer.json, all that decides about ids but vocabulary and merges
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": _SPLIT_OF_QWEN}, "behavior": "Isolated", "invert": False},
+            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+        ],
+    },
+    "model": {"type": "BPE", "byte_fallback": False, "ignore_merges": False},
+}
 
 
 def copy(tokenizer: Tokenizer, directory: pathlib.Path) -> None:
     """Copies a tokenizer's file, and those beside it that belong to it."""
     tokenizer.save(directory)
     for name in _BESIDE:
-        if (source := tokenizer.path.with_name(name)).is_file() and not (directory / name).exists():
+        source = tokenizer.path.with_name(name)
+        if source.is_file() and not (directory / name).exists() and (name != _FAST or _is_same(tokenizer, source)):
             shutil.copyfile(source, directory / name)
+
+
+def _is_same(tokenizer: Tokenizer, fast: pathlib.Path) -> bool:
+    """Whether the tokenizer.json beside a SentencePiece model has its tokens and no more."""
+    return tokenizer_lib.load(fast).fingerprint == tokenizer.fingerprint
 
 
 def write(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int) -> None:
@@ -59,12 +77,22 @@ def write(tokenizer: Tokenizer, directory: pathlib.Path, max_length: int) -> Non
 
 
 def is_qwen(tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer splits text as Qwen's do.
+    """Whether a tokenizer normalises and splits text as Qwen's do.
 
-    For a Qwen2 model AutoTokenizer (transformers 5) puts this splitting in the place of the file's own.
+    For a Qwen2 model AutoTokenizer (transformers 5) puts this in the place of the file's own.
     """
-    path = tokenizer.path.with_name(_FAST) if tokenizer.kind == "sentencepiece" else tokenizer.path
-    return path.is_file() and json.dumps(_SPLIT_OF_QWEN) in path.read_text(encoding="utf-8")
+    if tokenizer.kind == "sentencepiece":
+        return False
+    return _has(files.read_json(tokenizer.path, {}), _OF_QWEN)
+
+
+def _has(value: Any, expected: Any) -> bool:
+    """Whether all that is expected is in a JSON value: of an object these fields, of a list all and no more."""
+    if isinstance(expected, dict):
+        return isinstance(value, dict) and all(_has(value.get(name), inner) for name, inner in expected.items())
+    if isinstance(expected, list):
+        return isinstance(value, list) and len(value) == len(expected) and all(map(_has, value, expected))
+    return value == expected
 
 
 def from_sentencepiece(path: pathlib.Path) -> tokenizers.Tokenizer:
@@ -74,9 +102,14 @@ def from_sentencepiece(path: pathlib.Path) -> tokenizers.Tokenizer:
     space to it, and where a unigram model has two equally good ways to split a text, rounding chooses between them.
     A UserError names what cannot be carried over.
     """
-    proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())
+    with tokenizer_lib.refusing(path, "cannot be made a tokenizer.json; give one with --tokenizer"):
+        proto = sentencepiece_model.ModelProto.FromString(path.read_bytes())
+        _check(path, proto)
+        return _converted(proto)
+
+
+def _converted(proto: sentencepiece_model.ModelProto) -> tokenizers.Tokenizer:
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
-    _check(path, proto)
     bytes_too = any(piece.type == _Piece.BYTE for piece in proto.pieces)
     unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == _Piece.UNKNOWN)
     if trainer.model_type == trainer.BPE:
@@ -108,6 +141,7 @@ def _check(path: pathlib.Path, proto: sentencepiece_model.ModelProto) -> None:
     symbols = [piece.piece for piece in proto.pieces if piece.type == _Piece.USER_DEFINED and len(piece.piece) > 1]
     lacks = [
         (trainer.model_type not in (trainer.BPE, trainer.UNIGRAM), "a model that is neither BPE nor unigram"),
+        (all(piece.type != _Piece.UNKNOWN for piece in proto.pieces), "no piece for what is unknown"),
         (any(piece.type == _Piece.UNUSED for piece in proto.pieces), "unused pieces"),
         (trainer.treat_whitespace_as_suffix, "treat_whitespace_as_suffix"),
         (not rules.escape_whitespaces, "escape_whitespaces=false"),

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
+from lmboost.hf import tokenizer_files
 from tests import harmed, hub
 
 SPECIALS = ["<s>", "</s>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<a>", "<b>"]
@@ -19,6 +20,7 @@ FILES = {
     "GPT-2's own": ({CONFIG: {"model_max_length": 1024}, MODEL: GPT2}, ("<|endoftext|>", "<|endoftext|>")),
     "a class alone": ({CONFIG: {"tokenizer_class": "GPT2TokenizerFast"}}, ("<|endoftext|>", "<|endoftext|>")),
     "a Qwen": ({CONFIG: {"tokenizer_class": "Qwen2Tokenizer"}}, (None, "<|endoftext|>")),
+    "a class that has none": ({CONFIG: {"tokenizer_class": "PreTrainedTokenizerFast"}}, (None, None)),
     "null is none": ({CONFIG: {"tokenizer_class": "GPT2Tokenizer", "bos_token": None}}, (None, "<|endoftext|>")),
     "named in two ways": (
         {CONFIG: {"bos_token": "<a>", "eos_token": {"__type": "AddedToken", "content": "<b>"}}},
@@ -51,7 +53,10 @@ OURS = {  # where transformers finds none, and files that it does not read
         (None, "<b>"),
     ),
     "ids do not go before a name": ({CONFIG: {"eos_token": "</s>"}, GENERATION: {"eos_token_id": 6}}, (None, "</s>")),
+    "an id of the end alone": ({MODEL: {"eos_token_id": 6}}, (None, "<b>")),
+    "ids of no token": ({MODEL: {"bos_token_id": 50256, "eos_token_id": -1}}, ("<s>", "</s>")),
     "a tokenizer.json alone": ({}, ("<s>", "</s>")),
+    "files that say nothing of it": ({CONFIG: {"model_max_length": 9}, MAP: {"pad_token": "<a>"}}, ("<s>", "</s>")),
     "a Llama": ({CONFIG: {"tokenizer_class": "LlamaTokenizer"}}, ("<s>", "</s>")),  # as transformers 4
 }
 
@@ -114,6 +119,40 @@ def test_so_does_transformers(tmp_path, made, name):
     assert (read.bos_token, read.eos_token) == expected
 
 
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        (
+            {CONFIG: {"eos_token": "<q>"}},
+            r"tokenizer_config.json: eos_token='<q>' is not in the vocabulary .* Name one",
+        ),
+        ({MAP: {"bos_token": {"content": "<q>"}}}, r"special_tokens_map.json: bos_token='<q>' is not in the vocab"),
+        ({CONFIG: {"eos_token": {"lstrip": True}}}, r"tokenizer_config.json: eos_token: the field content is missing"),
+        ({CONFIG: {"eos_token": 5}}, r"tokenizer_config.json: eos_token is 5, expected a text"),
+        ({MODEL: {"eos_token_id": "5"}}, r"config.json: eos_token_id is '5', expected a whole number"),
+        ({GENERATION: {"eos_token_id": [5, [6]]}}, r"generation_config.json: eos_token_id\[1\] is a list"),
+    ],
+)
+def test_what_is_no_token_is_named(tmp_path, made, files, message):
+    with pytest.raises(UserError, match=message):
+        beside(made, tmp_path, files)
+
+
+@pytest.mark.parametrize("where", ["tokenizer.json", ADDED])
+def test_no_text_has_the_end_whatever_the_files_call_it(tmp_path, made, where):
+    content = json.loads(made.read_bytes())
+    count = len(content["model"]["vocab"])
+    token = content["added_tokens"][0] | {"id": count, "content": "<end>", "special": False}
+    files = {CONFIG: {"eos_token": "<end>"}, ADDED: {"<end>": count}}
+    if where != ADDED:
+        files[where] = content | {"added_tokens": [*content["added_tokens"], token]}
+    found = beside(made, tmp_path, files)
+    found.save(tmp_path / "copy")
+    for tokenizer in (found, tokenizer_lib.load(tmp_path / "copy")):
+        assert tokenizer.eos_id == count and count not in tokenizer.in_texts()
+        assert count not in tokenizer.encode("a <end> of it")
+
+
 @pytest.mark.parametrize("specials", [["<|endoftext|>", "<|im_start|>", "<|im_end|>"], ["<|im_start|>", "<|im_end|>"]])
 def test_the_begin_of_a_turn_never_begins_a_document(tmp_path, specials):
     found = names(tokenizer_lib.load(write(tmp_path, specials)))
@@ -146,6 +185,18 @@ def test_tokens_that_only_the_files_beside_have_are_added_with_their_ids(tmp_pat
 def test_a_tokenizer_json_goes_before_a_model_beside_it(tmp_path, made):
     (tmp_path / "tokenizer.model").write_bytes(b"no SentencePiece at all")  # as Llama 3's
     assert beside(made, tmp_path, {}).kind == "huggingface"
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").symlink_to("gone")
+    with pytest.raises(UserError, match="tokenizer.json: no such file"):
+        tokenizer_lib.load(tmp_path)
+
+
+def test_a_copy_of_a_model_keeps_what_is_said_beside_it(tmp_path):
+    model = tokenizer_lib.train(["a text of some words " * 9], 300, tmp_path / "own" / "tokenizer.model")
+    (model.path.parent / MAP).write_text(json.dumps({"bos_token": None, "eos_token": "<0x00>"}))
+    found = tokenizer_lib.load(model.path)
+    found.save(tmp_path / "copy")
+    assert names(found) == names(tokenizer_lib.load(tmp_path / "copy")) == (None, "<0x00>")
 
 
 def test_tokens_that_no_text_has_make_no_difference(tmp_path, made):
@@ -189,7 +240,8 @@ def test_whatever_is_in_a_tokenizer_json_is_read_or_refused(tmp_path, made, data
     content = json.loads(made.read_bytes())
     (tmp_path / "tokenizer.json").write_bytes(data.draw(harmed.files(content)))
     try:
-        tokenizer_lib.load(tmp_path).pieces()
+        found = tokenizer_lib.load(tmp_path)
+        found.decode(found.encode("<s> a text"))
     except UserError as error:
         assert "tokenizer.json" in str(error) and len(str(error)) < 3000
 
@@ -200,6 +252,46 @@ def test_an_id_beyond_all_vocabularies_is_refused_before_a_table_is_made(tmp_pat
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match="has an id 4000000000, which no vocabulary has"):
         tokenizer_lib.load(tmp_path)
+
+
+def test_two_pieces_of_one_id_are_refused(tmp_path, made):
+    content = json.loads(made.read_bytes())
+    content["model"]["vocab"]["zz"] = content["model"]["vocab"]["a"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="tokenizer.json: both '(a|zz)' and '(a|zz)' have the id"):
+        tokenizer_lib.load(tmp_path)
+
+
+def test_a_text_that_has_no_tokens_is_refused(tmp_path):
+    import tokenizers
+
+    tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1})).save(str(tmp_path / "tokenizer.json"))
+    found = tokenizer_lib.load(tmp_path)
+    assert found.encode("a").tolist() == [0]
+    with pytest.raises(UserError, match="tokenizer.json cannot encode a text; .*Missing"):
+        found.encode("b")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    return tokenizer_lib.train(["a text of some words " * 9], 300, path).path.read_bytes()
+
+
+@fuzz
+@given(st.data())
+def test_whatever_is_in_a_model_file_is_read_or_refused(tmp_path, model, data):
+    raw = model if data.draw(st.booleans()) else model[: data.draw(st.integers(0, len(model)))]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if raw:
+            raw = harmed.changed(raw, data.draw(st.integers(0, len(raw) - 1)), data.draw(st.integers(0, 255)))
+    (tmp_path / "tokenizer.model").write_bytes(raw)
+    try:
+        found = tokenizer_lib.load(tmp_path)
+        assert found.encode("a text \u2581").size and found.borders and found.fingerprint
+        tokenizer_files.from_sentencepiece(found.path)
+    except UserError as error:
+        assert "tokenizer.model" in str(error) and len(str(error)) < 3000
 
 
 def test_a_model_file_that_is_none_is_named(tmp_path):

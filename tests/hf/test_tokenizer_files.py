@@ -99,6 +99,31 @@ def test_what_has_no_equal_is_named(tmp_path):
         tokenizer_files.from_sentencepiece(tokenizer.path)
 
 
+def test_a_tokenizer_json_of_more_tokens_beside_a_model_is_not_written_for_it(tmp_path):
+    tokenizer = train(tmp_path, model_type="bpe", **SETTINGS["as Llama's"])
+    fast = tokenizer_files.from_sentencepiece(tokenizer.path)
+    for more in ([], ["<|im_end|>"]):
+        fast.add_special_tokens(more)
+        fast.save(str(tmp_path / "tokenizer.json"))
+        out = tmp_path / f"out{len(more)}"
+        tokenizer_files.write(tokenizer_lib.load(tokenizer.path), out, 77)
+        assert tokenizer_lib.load(out).fingerprint == tokenizer.fingerprint
+
+
+def test_what_does_all_to_texts_that_qwen_s_does_is_one_of_its_kind(tmp_path):
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tokenizer_files._SPLIT_OF_QWEN), "isolated")
+    path = hub.write_tokenizer(tmp_path, split=split)
+    assert tokenizer_files.is_qwen(tokenizer_lib.load(path))
+    for at, other in ((("normalizer",), None), (("pre_tokenizer", "pretokenizers", 1, "add_prefix_space"), True)):
+        content = json.loads(path.read_text())
+        inner = content
+        for key in at[:-1]:
+            inner = inner[key]
+        inner[at[-1]] = other
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        assert not tokenizer_files.is_qwen(tokenizer_lib.load(tmp_path / "other.json"))
+
+
 def test_a_tokenizer_json_is_copied_with_what_is_beside_it(tmp_path):
     source = hub.write_tokenizer(tmp_path / "from").rename(tmp_path / "from" / "other.json")
     (tmp_path / "from" / "special_tokens_map.json").write_text("{}")

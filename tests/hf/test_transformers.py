@@ -227,6 +227,39 @@ def test_a_qwen2_of_another_tokenizer_is_written_as_a_llama(tmp_path):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_autotokenizer_reads_a_tokenizer_json_as_it_is(name, tmp_path):
+    """Whatever it does to texts and whichever class its files name, beside every architecture."""
+    bytes_, normal = hub.tokenizers.pre_tokenizers.ByteLevel, hub.tokenizers.normalizers
+    split = hub.tokenizers.pre_tokenizers.Split(hub.tokenizers.Regex(tokenizer_files._SPLIT_OF_QWEN), "isolated")
+    parts = {
+        "digits": (None, [hub.tokenizers.pre_tokenizers.Digits(individual_digits=True), bytes_(False)]),
+        "lower case": (normal.Lowercase(), [bytes_(False)]),
+        "a space before": (None, [bytes_(True)]),
+        "Qwen's": (normal.NFC(), [split, bytes_(False, use_regex=False)]),
+        "Qwen's, as it comes": (None, [split, bytes_(False, use_regex=False)]),
+        "Qwen's in lower case": (normal.Sequence([normal.NFC(), normal.Lowercase()]), [split, bytes_(False)]),
+        "Qwen's with a space": (normal.NFC(), [split, bytes_(True, use_regex=False)]),
+    }
+    texts = ["ABC 650841823 don't", "  two\n\n\tand", "e\u0301t\u00e9 \u2126", "a"]
+    make(name, tmp_path / "hub")
+    model, params = load(tmp_path / "hub", hub.one_device())
+    for kind, (normalizer, steps) in parts.items():
+        made = hub.tokenizers.Tokenizer.from_file(str(hub.write_tokenizer(tmp_path / kind)))
+        made.pre_tokenizer = hub.tokenizers.pre_tokenizers.Sequence(steps)
+        if normalizer:
+            made.normalizer = normalizer
+        made.save(str(tmp_path / kind / "tokenizer.json"))
+        config = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+        (tmp_path / kind / "tokenizer_config.json").write_text(json.dumps(config))
+        export(tmp_path / f"out {kind}", model, params, tmp_path / kind)
+        read = transformers.AutoTokenizer.from_pretrained(tmp_path / f"out {kind}")
+        own = tokenizer_lib.load(tmp_path / kind)
+        assert (read.bos_token_id, read.eos_token_id) == (own.bos_id, own.eos_id), kind
+        for text in texts:
+            assert read(text, add_special_tokens=False).input_ids == own.encode(text).tolist(), (kind, text)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_autotokenizer_reads_a_sentencepiece_model_as_it_is(name, tmp_path):
     """Ids, their text and the specials, beside every architecture."""
     texts = ["def f(x):\n\tif x:\n        return '\u00e9'  # note   \n\n" * 20]
