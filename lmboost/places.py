@@ -17,7 +17,7 @@ from lmboost.errors import UserError
 
 SCHEME = "gs://"
 # What TensorStore reads as a pattern or as another store, so that a checkpoint is written and not found again.
-_UNREADABLE = re.compile(r"\[.*\]|\\|[a-z][a-z0-9+.-]*:/", re.IGNORECASE | re.DOTALL)
+_UNREADABLE = re.compile(r"\[.*\]|\\|[a-z][a-z0-9+.-]*:(?:/|$)", re.IGNORECASE | re.DOTALL)
 
 
 def find(path: str, field: str = "--workdir") -> epath.Path:

@@ -7,6 +7,7 @@ How they are measured, and what they say about how many layers to inherit: surge
 
 import argparse
 import json
+import os
 import pathlib
 
 import jax
@@ -45,7 +46,7 @@ def write(checkpoint: str, out: str, data: str = "", step: int = -1, rows: int =
     mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
     with jax.set_mesh(mesh):
         ranks = attention_rank.measure(model, saved.load(mesh), sequences(spec, rows, tokens))
-    directory = pathlib.Path(out).expanduser()
+    directory = pathlib.Path(os.path.expanduser(out))
     directory.mkdir(parents=True, exist_ok=True)
     numbers = {"rank": ranks.rank.tolist(), "columns": ranks.columns.tolist(), "lazy": ranks.lazy}
     (directory / "rank.json").write_text(json.dumps(numbers, indent=1))

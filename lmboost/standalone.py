@@ -21,7 +21,7 @@ def find_target(out: str) -> pathlib.Path:
     if "://" in out:
         raise UserError(f"--out={out!r}: expected a local directory.")
     if out.startswith(reader.PREFIX):
-        target = pathlib.Path(out.removeprefix(reader.PREFIX)).expanduser().resolve()
+        target = pathlib.Path(os.path.expanduser(out.removeprefix(reader.PREFIX))).resolve()
     else:
         target = pathlib.Path(places.find(out, "--out")).resolve()
     places.check_target(target, f"--out={out!r}")

@@ -54,7 +54,9 @@ def test_many_write_one_file_and_none_is_in_anothers_way(tmp_path):
     assert (tmp_path / "file").read_text() in texts and os.listdir(tmp_path) == ["file"]
 
 
-@pytest.mark.parametrize("name", ["run[0]", "a[b]c/run", "back\\slash", "s3:/x", "nul\0", "caf\udce9", "f\u00e4lle"])
+@pytest.mark.parametrize(
+    "name", ["run[0]", "a[b]c/run", "back\\slash", "s3:/x", "gs:", "nul\0", "caf\udce9", "f\u00e4lle"]
+)
 def test_names_under_which_checkpoints_are_not_found_again_are_refused(tmp_path, name):
     if name == "f\u00e4lle":
         assert places.find(f"{tmp_path}/{name}").name == name

@@ -64,7 +64,7 @@ def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, 
     assert_same(same, last)
     assert [x["step"] for x in lines(tmp_path / "second") if "loss" in x] == list(range(1, 9))
 
-    with pytest.raises(UserError, match="holds a run of another config.*data.skip: '5-6' -> '5-7'"):
+    with pytest.raises(UserError, match="holds a run of another config:\n  data.skip: '5-6' -> '5-7'"):
         runs.run(recipe, tmp_path / "second", data, *again[:2], "--config.data.skip=5-7")
 
 

@@ -19,6 +19,7 @@ unsharded, or that add up gradients in less than float32. Needs libtpu (pip inst
 
 import dataclasses
 import json
+import os
 import pathlib
 from collections.abc import Sequence
 from importlib import metadata
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         print(show(phase), flush=True)
         report["phases"].append(phase)
     if flags.out:
-        pathlib.Path(flags.out).expanduser().write_text(json.dumps(report, indent=1))
+        pathlib.Path(os.path.expanduser(flags.out)).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A local directory with config.json, safetensors and a tokenizer can stand wherev
 """
 
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ _BUFFERS = re.compile(r"(^|\.)(attn|attention)\.(masked_)?bias$|(^|\.)rotary_emb
 
 def find(path: str, step: int, field: str) -> epath.Path:
     """The directory of "hf:DIR"."""
-    directory = epath.Path(path.removeprefix(PREFIX)).expanduser().absolute()
+    directory = epath.Path(os.path.abspath(os.path.expanduser(path.removeprefix(PREFIX))))
     if not directory.is_dir():
         raise UserError(
             f"{field}={path!r}: there is no directory {directory}. Models are read from a local directory: "

@@ -339,3 +339,12 @@ def test_only_classes_of_tfds_are_imported(tmp_path, monkeypatch):
         read_all(f"tfds:{tmp_path / 'made'}")
     with pytest.raises(UserError, match="is of a namespace, whose code TFDS would run"):
         read_all("tfds:somebody:named")
+
+
+def test_lines_of_json_without_the_text_field_are_not_taken_for_text(tmp_path):
+    (tmp_path / "part-0").write_bytes(LINES.replace(b'"text"', b'"content"'))
+    with pytest.raises(UserError, match=r"part-0:1: no field 'text'; the line has: content. Choose one with"):
+        read_all(tmp_path / "part-0")
+    assert len(read_all(tmp_path / "part-0", text_field="content")) == 20
+    (tmp_path / "code.py").write_text('{"a": 1}\nprint(3)\n')
+    assert [document.text for document in read_all(tmp_path / "code.py")] == ['{"a": 1}\nprint(3)\n']
