@@ -150,6 +150,15 @@ def create(path: epath.Path, content: bytes) -> None:
     store.pipe_file(name, content, mode="create")  # a precondition of the request: of several askers one succeeds
 
 
+def sync_tree(directory: str | os.PathLike) -> None:
+    """Has all that is in a local directory outlive a power cut; before it is renamed to what others look for."""
+    for here, _, names in os.walk(directory):
+        for name in names:
+            with open(os.path.join(here, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(here)
+
+
 def sync_directory(directory: str | os.PathLike) -> None:
     """Has the names in a local directory outlive a power cut."""
     descriptor = os.open(directory, os.O_RDONLY)

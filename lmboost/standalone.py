@@ -38,6 +38,7 @@ def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         with records.disk_errors(partial):
             yield partial
+            places.sync_tree(partial)
             places.check_target(target, str(target))  # it was free before; another may have been faster
             os.replace(partial, target)
             places.sync_directory(target.parent)

@@ -82,3 +82,13 @@ def test_what_is_there_is_not_made_and_not_followed(tmp_path):
     assert (tmp_path / "x").read_bytes() == b"one" and not (tmp_path / "nowhere").exists()
     with pytest.raises(UserError, match=r"--workdir=.*link is a link to 'nowhere'"):
         places.refuse_links(places.find(str(tmp_path)), "--workdir")
+
+
+def test_a_tree_is_synced_file_by_file(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "x").write_text("x")
+    (tmp_path / "y").write_text("y")
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    places.sync_tree(tmp_path)
+    assert set(synced) == {str(path) for path in (tmp_path, *tmp_path.rglob("*"))}

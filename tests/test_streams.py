@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -77,7 +76,7 @@ def test_a_notice_while_the_libraries_are_imported_ends_training_cleanly(number)
     for line in process.stderr:
         if "lmboost.run.notice" in line:
             break
-    time.sleep(0.1)
+    process.stderr.readline()  # of what is imported after it
     process.send_signal(number)
     rest = process.stderr.read()
     assert process.wait(30) == 75 and "Traceback" not in rest

@@ -405,5 +405,7 @@ def _assemble(partial: pathlib.Path, out: pathlib.Path, plan: dict, spread: Sequ
         | {"python": platform.python_version()},
     }
     records.write_json(target / records.MANIFEST, manifest)
+    places.sync_tree(target)
     os.rename(target, out)
+    places.sync_directory(out.parent)
     return records.read_manifest(out)
