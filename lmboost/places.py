@@ -140,6 +140,12 @@ def whole_file(path: str | os.PathLike) -> Iterator[epath.Path]:
         partial.unlink(missing_ok=True)
 
 
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file whole; where a link is in its place it is replaced, not followed."""
+    with whole_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def create(path: epath.Path, content: bytes) -> None:
     """Makes a file that is not there yet, not even as a link; a FileExistsError where it is. In a bucket, too."""
     if "://" not in os.fspath(path):

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from lmboost import sharding
+from lmboost import places, sharding
 from lmboost.checkpoint import Saved
 from lmboost.data import loader
 from lmboost.errors import UserError, count, run_flags
@@ -49,9 +49,9 @@ def write(checkpoint: str, out: str, data: str = "", step: int = -1, rows: int =
     directory = pathlib.Path(os.path.expanduser(out))
     directory.mkdir(parents=True, exist_ok=True)
     numbers = {"rank": ranks.rank.tolist(), "columns": ranks.columns.tolist(), "lazy": ranks.lazy}
-    (directory / "rank.json").write_text(json.dumps(numbers, indent=1))
+    places.write(directory / "rank.json", json.dumps(numbers, indent=1))
     text = table(ranks, rows, tokens)
-    (directory / "rank.md").write_text(text)
+    places.write(directory / "rank.md", text)
     plot(ranks, directory / "rank.png")
     print(text)
 
@@ -101,7 +101,8 @@ def plot(ranks: attention_rank.Ranks, path: pathlib.Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)
-    figure.savefig(path)
+    with places.whole_file(path) as partial, partial.open("wb") as file:
+        figure.savefig(file, format="png")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ import rich.markup
 import rich.table
 from etils import epath
 
-from lmboost import checkpoint
+from lmboost import checkpoint, places
 from lmboost.errors import UserError, run_flags
 from lmboost.run import goodput, metrics, progress
 
@@ -280,7 +280,7 @@ def write(report: dict[str, Any], runs: Sequence[Run], out: str, last: int) -> N
         console.print(table)
     for note in notes:
         console.print(note, highlight=False, markup=False)
-    (directory / "report.json").write_bytes(json.dumps(report | {"last": last}, indent=2, allow_nan=False).encode())
+    places.write(directory / "report.json", json.dumps(report | {"last": last}, indent=2, allow_nan=False))
     text = []
     for title, (header, *rows) in tables:
         text += [f"**{title}**", ""]
@@ -288,8 +288,8 @@ def write(report: dict[str, Any], runs: Sequence[Run], out: str, last: int) -> N
             text.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         text.append("")
     text += [*(f"- {note}" for note in notes), "", "![Validation loss against tokens](report.png)", ""]
-    (directory / "report.md").write_bytes("\n".join(text).encode())
-    with (directory / "report.png").open("wb") as file:
+    places.write(directory / "report.md", "\n".join(text))
+    with places.whole_file(directory / "report.png") as partial, partial.open("wb") as file:
         report_plot.save(report, runs, file)
     console.print(f"Written to {os.path.join(out, 'report.{md,json,png}')}", highlight=False, markup=False)
 

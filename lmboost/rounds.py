@@ -22,10 +22,9 @@ import json
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, evaluate, train
+from lmboost import checkpoint, evaluate, places, train
 from lmboost import config as configs
 from lmboost.errors import UserError, run_verb
 from lmboost.run import metrics
@@ -59,7 +58,7 @@ def grow(
         loss = train_round(config, layers, f"{workdir}/layers-{layers}", reference, last)
         say(f"{layers} layers: validation loss {loss:.4f}, to be met: {target:.4f}")
         rounds.append({"layers": layers, "val_loss": loss, "target": target})
-        (epath.Path(workdir) / "rounds.json").write_text(json.dumps(rounds, indent=1))
+        places.write(places.find(workdir) / "rounds.json", json.dumps(rounds, indent=1))
         if loss <= target:
             break
     return layers

@@ -226,3 +226,14 @@ def test_the_verb_ends_on_a_short_message(tmp_path):
     assert result.returncode == 2
     assert result.stderr.startswith("error: --baseline=none: there is no run") and "Traceback" not in result.stderr
     assert "Traceback" in subprocess.run([*command, "--traceback"], capture_output=True, text=True).stderr
+
+
+def test_links_in_the_place_of_a_report_are_replaced_and_not_followed(tmp_path):
+    a, b = (save(tmp_path / name, [5.0, 4.0]) for name in "ab")
+    (tmp_path / "out").mkdir()
+    for name in ("report.md", "report.json", "report.png"):
+        (tmp_path / f"mine-{name}").write_text("mine")
+        (tmp_path / "out" / name).symlink_to(tmp_path / f"mine-{name}")
+    run_main(tmp_path, f"--baseline={a}", f"--run={b}")
+    for name in ("report.md", "report.json", "report.png"):
+        assert (tmp_path / f"mine-{name}").read_text() == "mine" and not (tmp_path / "out" / name).is_symlink()

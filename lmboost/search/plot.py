@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from lmboost import places
 from lmboost.run import lines
 
 
@@ -26,4 +27,5 @@ def plot(log: pathlib.Path, path: pathlib.Path) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.1)
-    figure.savefig(path)
+    with places.whole_file(path) as partial, partial.open("wb") as file:
+        figure.savefig(file, format="png")
