@@ -7,6 +7,7 @@ import mmap
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -55,6 +56,16 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
     gc.freeze()  # what has been imported stays
     gc.set_threshold(100_000, 20, 20)  # tracing makes many objects and few cycles
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Programs that a test starts can be interrupted, also where the tests run in the background, or under nohup."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hang_up)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,7 +5,6 @@ import os
 import pathlib
 import shlex
 import shutil
-import signal
 import subprocess
 
 import pytest
@@ -86,13 +85,3 @@ class StandIns:
 @pytest.fixture
 def stand_ins(tmp_path):
     return StandIns(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def interruptible():
-    """Programs that a test starts can be interrupted, also where the tests run in the background, or under nohup."""
-    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGINT, interrupt)
-    signal.signal(signal.SIGHUP, hang_up)
