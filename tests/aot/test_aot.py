@@ -58,6 +58,7 @@ def test_a_tiny_recipe_on_a_pod(tmp_path):
         assert {"all-reduce", "reduce-scatter"} & set(phase["collectives"])
 
 
+@pytest.mark.slow
 def test_slices_exchange_gradients_only(tmp_path):
     flags = ("--slices=2", "--config.mesh.data=2", "--config.mesh.fsdp=8", "--config.batch_size=32", "--phases=first")
     flags += ("--config.model.dtype=bfloat16",)  # its gradients are added up in float32 all the same

@@ -82,6 +82,7 @@ def best_of(method, evaluate, candidates: int) -> float:
     return method.best[1]
 
 
+@pytest.mark.slow
 def test_evolution_beats_as_many_random_draws_with_one_compilation(evaluator):
     space, evaluate = evaluator
     options = {"population": 16, "elites": 4, "mutation": 0.15, "crossover": 0.5, "fresh": 0.1}

@@ -43,6 +43,7 @@ def test_a_run_starts_with_the_first_entries(sizes, home, recipe, data, parent, 
     assert "start: own checkpoint, step 8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_cut_of_unequal_layers_learns_from_its_parent_and_is_exported(recipe, data, parent, tmp_path):
     kd = {"weight": 0.7, "ce_weight": 0.3, "temperature": 0.9, "temperature_on": "both", "handover": "constant"}
     flags = [*(f"--config.objective.kd.{k}={v}" for k, v in kd.items()), f"--config.teacher.path={parent}"]
