@@ -172,13 +172,14 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
 
 
 def _check_last(state: TrainState) -> None:
-    """Raises a UserError where a run has ended with steps that changed nothing."""
+    """Raises a UserError where a run has ended with steps that changed nothing, or with a model that is lost."""
     if skipped := int(state.skipped_in_a_row):
         raise UserError(
             f"the last {skipped} of {int(state.step)} steps had no finite loss or gradient and were skipped: the "
             "checkpoint holds the parameters before them. Lower optimizer.learning_rate, lengthen "
             "optimizer.warmup_steps, or set optimizer.clip_norm, and start in another workdir."
         )
+    checkpoint.check_finite(state.params, "the model at the end of the run")  # the last step may have lost it
 
 
 def _tasks(c: ConfigDict, run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:

@@ -201,6 +201,13 @@ def test_a_run_that_ends_without_finite_losses_is_no_success(tmp_path, recipe, d
     assert "  skipped " in said.out and (tmp_path / "checkpoints" / "8").exists()
 
 
+def test_so_is_one_whose_last_step_lost_the_model(tmp_path, recipe, data):
+    wild = ("--config.optimizer.learning_rate=1e39", "--config.optimizer.warmup_steps=0", "--config.steps=1")
+    for _ in range(2):
+        with pytest.raises(UserError, match="the model at the end of the run has values that are not finite"):
+            runs.run(recipe, tmp_path, data, *wild, "--config.optimizer.schedule=constant")
+
+
 def test_sixteen_bits_and_a_tied_head_on_cpus(tmp_path, recipe, data):
     bits = ("--config.model.dtype=bfloat16", "--config.model.tie_embeddings=true", "--config.steps=2")
     state = runs.run(recipe, tmp_path, data, *bits)
