@@ -1,0 +1,64 @@
+"""The sizes of the track: a tier is a student, its helpers, and how long they are trained."""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from lmboost import config
+from lmboost.models.model_config import ModelConfig
+
+
+def decoder(layers: int, width: int, heads: int, mlp: int) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=512, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads,
+        head_dim=width // heads, mlp_dim=mlp, max_seq_len=128, qk_norm="head", tie_embeddings=True, dtype="float32",
+        remat="none",
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tier:
+    """A student at 20 tokens a parameter, and the models that help it, by their names."""
+
+    name: str
+    student: ModelConfig
+    helpers: dict[str, ModelConfig]
+    batch_size: int = 8
+    seq_len: int = 128
+    accumulation: int = 2  # the same step, faster on a core whose cache it then fits into
+    evaluations: int = 20
+    validation_batches: int = 48
+    final_batches: int = 256
+
+    @property
+    def steps(self) -> int:
+        """Those of a run of full length: 20 tokens a parameter."""
+        return self.steps_of(self.student)
+
+    def steps_of(self, model: ModelConfig) -> int:
+        return round(20 * model.num_params() / (self.batch_size * self.seq_len) / 20) * 20
+
+
+NANO = Tier(
+    "nano", decoder(4, 48, 3, 128), {"tenth": decoder(1, 16, 2, 40), "fifth": decoder(2, 24, 3, 64),
+    "half": decoder(3, 40, 5, 104)},
+)  # fmt: skip
+MICRO = Tier(
+    "micro", decoder(6, 72, 3, 192), {"tenth": decoder(1, 32, 2, 88), "fifth": decoder(3, 40, 5, 104),
+    "half": decoder(4, 56, 7, 152)},
+)  # fmt: skip
+TIERS = {tier.name: tier for tier in (NANO, MICRO)}
+
+
+def recipe(tier: Tier, model: ModelConfig, steps: int) -> ConfigDict:
+    """A plain run of a model of the tier."""
+    c = config.base()
+    c.steps, c.batch_size, c.seq_len, c.accumulation = steps, tier.batch_size, tier.seq_len, tier.accumulation
+    c.objective.block_tokens = tier.batch_size * tier.seq_len // tier.accumulation
+    c.model = config.model(model)
+    c.teacher.dtype = "float32"
+    c.optimizer.update({"learning_rate": 4e-3, "b2": 0.98, "warmup_steps": round(0.05 * steps)})
+    c.checkpoint.every, c.checkpoint.keep = max(steps // 4, 1), 1
+    c.eval.every, c.eval.batches = max(steps // tier.evaluations, 1), tier.validation_batches
+    c.log.every, c.log.tensorboard = 50, False
+    return c
