@@ -1,0 +1,47 @@
+"""The arms of the track: what is changed from a plain run, and which other runs it needs."""
+
+from typing import Any, NamedTuple
+
+
+class Arm(NamedTuple):
+    """A way to train the student, or one of its helpers.
+
+    changes: fields of the config, by their dotted names. model: of `Tier.helpers`; empty is the student. teacher: the
+    arm whose run, of the same seed, is teacher.path. length: of the run, as a multiple of 20 tokens a parameter.
+    """
+
+    changes: dict[str, Any] = {}
+    model: str = ""
+    teacher: str = ""
+    length: float = 1.0
+
+
+ADAMW = {"optimizer.name": "adamw"}
+MUON = {"optimizer.name": "muon"}
+
+
+def _kd(weight: float = 0.5, stop: float = 0.2, handover: str = "linear") -> dict[str, Any]:
+    return {f"objective.kd.{k}": v for k, v in {"weight": weight, "stop": stop, "handover": handover}.items()}
+
+
+def _align(weight: float = 2.0, stop: float = 0.15) -> dict[str, Any]:
+    return {"objective.align.weight": weight, "objective.align.stop": stop}
+
+
+def _rates(name: str, rates: tuple[float, ...]) -> dict[str, Arm]:
+    return {f"{name}-lr{r:g}": Arm({"optimizer.name": name, "optimizer.learning_rate": r}) for r in rates}
+
+
+ARMS = {
+    **{f"teacher-{size}": Arm(ADAMW, size) for size in ("tenth", "fifth", "half")},
+    "adamw": Arm(ADAMW),
+    "plain": Arm(MUON),
+    "adamw-salt": Arm(ADAMW | _kd(), teacher="teacher-fifth"),
+    "adamw-let": Arm(ADAMW | _align(), teacher="teacher-fifth"),
+    "adamw-both": Arm(ADAMW | _kd() | _align(), teacher="teacher-fifth"),
+    "salt": Arm(MUON | _kd(), teacher="teacher-fifth"),
+    "let": Arm(MUON | _align(), teacher="teacher-fifth"),
+    "both": Arm(MUON | _kd() | _align(), teacher="teacher-fifth"),
+    **_rates("adamw", (2e-3, 8e-3, 1.6e-2)),
+    **_rates("muon", (2e-3, 8e-3, 1.6e-2, 3.2e-2)),
+}
