@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import subprocess
 import sys
 
 import jax
@@ -73,9 +74,20 @@ def _changed(c) -> dict:
     return {k: v for k, v in flat.items() if v != base[k] and not k.startswith(("model.", "data.", "teacher.path"))}
 
 
+def commit() -> str:
+    """Of the code that runs; with "+" where it was changed since, empty without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
+    try:
+        result = subprocess.run(command, cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return result.stdout.strip()
+
+
 if __name__ == "__main__":
-    tier, arm, seed, out = sys.argv[1:]
-    result = run(TIERS[tier], arm, int(seed), pathlib.Path(out))
+    tier, arm, seed, out = sys.argv[1:5]
+    at = commit()  # before the run: the code may change while it lasts
+    result = {"commit": at} | run(TIERS[tier], arm, int(seed), pathlib.Path(out))
     path = workdir_of(pathlib.Path(out), TIERS[tier], arm, int(seed)) / "line.json"
     path.with_suffix(".part").write_text(json.dumps(result))
     os.replace(path.with_suffix(".part"), path)
