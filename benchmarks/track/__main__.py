@@ -2,8 +2,8 @@
 
     python -m benchmarks.track --tier=nano --arms=plain,salt,let --seeds=1 [--out=runs/track] [--jobs=2]
 
-The runs that an arm needs (its teacher) are made first. What has its line in OUT/TIER.jsonl is not run again; a run
-that was killed goes on from its last checkpoint.
+The runs that an arm needs (its teacher) are made first. A run that has its line.json is not made again, and one that
+was killed goes on from its last checkpoint. OUT/TIER.jsonl is made of all of these lines.
 """
 
 import argparse
@@ -14,15 +14,17 @@ import pathlib
 import queue
 import subprocess
 import sys
-import threading
 
 from benchmarks.track import texts
-from benchmarks.track.arms import ARMS
+from benchmarks.track.arms import ARMS, LINE, workdir_of
 from benchmarks.track.setting import TIERS
-from lmboost.errors import UserError, one_of, run_flags
+from lmboost import ranges
+from lmboost.errors import UserError, count, one_of, run_flags
+from lmboost.run import lines
 
 # XLA asks for the memory of its temporaries at each step: glibc is to keep it instead of handing it back.
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=4000000000"
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0"
+MALLOC += ":glibc.malloc.trim_threshold=4000000000:glibc.malloc.top_pad=100000000"
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -45,40 +47,42 @@ class Runner:
     """Runs in processes of their own, each bound to a core, as many at once as there are `cores`."""
 
     def __init__(self, tier: str, out: pathlib.Path, cores: list[int]):
-        self._tier, self._out, self._path = tier, out.absolute(), out / f"{tier}.jsonl"
-        self._writing, self._cores = threading.Lock(), queue.SimpleQueue()
-        self._jobs = len(cores)
+        self._tier, self._out, self._jobs = tier, out.absolute(), len(cores)
+        self._cores: queue.SimpleQueue[int] = queue.SimpleQueue()
         for core in cores:
             self._cores.put(core)
 
     def __call__(self, runs: list[tuple[str, int]]) -> None:
-        done = {(line["arm"], line["seed"]): None for line in self._lines()}
+        """Makes those of the runs that have no line yet. The first one that fails ends what has not begun."""
         futures: dict[tuple[str, int], concurrent.futures.Future] = {}
         with concurrent.futures.ThreadPoolExecutor(self._jobs) as pool:
             for arm, seed in runs:
-                if (arm, seed) not in done:
-                    before = futures.get((ARMS[arm].teacher, seed))
-                    futures[arm, seed] = pool.submit(self._one, arm, seed, before)
-            for future in concurrent.futures.as_completed(futures.values()):
-                future.result()
+                # What it needs stands before it in `runs`, so that no thread waits for what has not begun.
+                futures[arm, seed] = pool.submit(self._one, arm, seed, futures.get((ARMS[arm].teacher, seed)))
+            try:
+                for future in concurrent.futures.as_completed(futures.values()):
+                    future.result()
+                    self._collect()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
-    def _lines(self) -> list[dict]:
-        return [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+    def _collect(self) -> None:
+        """Writes OUT/TIER.jsonl anew, of the lines of all finished runs."""
+        found = sorted((self._out / self._tier).glob(f"*/*/{LINE}"))
+        lines.rewrite(self._out / f"{self._tier}.jsonl", (json.loads(path.read_text()) for path in found))
 
     def _one(self, arm: str, seed: int, before: concurrent.futures.Future | None) -> None:
         if before:
             before.result()
-        workdir = self._out / self._tier / arm / str(seed)
-        workdir.mkdir(parents=True, exist_ok=True)
-        core, part = self._cores.get(), workdir / "line.json"
-        try:
-            if not part.exists():
+        workdir = workdir_of(self._out, self._tier, arm, seed)
+        if not (workdir / LINE).exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            core = self._cores.get()
+            try:
                 self._run(arm, seed, core, workdir)
-        finally:
-            self._cores.put(core)
-        line = json.loads(part.read_text())
-        with self._writing, self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            finally:
+                self._cores.put(core)
+        line = json.loads((workdir / LINE).read_text())
         print(f"{self._tier} {arm} seed {seed}: {line['final']:.4f}, {line['seconds']:.0f} s", flush=True)
 
     def _run(self, arm: str, seed: int, core: int, workdir: pathlib.Path) -> None:
@@ -88,7 +92,10 @@ class Runner:
         }  # fmt: skip
         command = [sys.executable, "-m", "benchmarks.track.one", self._tier, arm, str(seed), str(self._out), str(core)]
         with (workdir / "log.txt").open("a") as log:
-            code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+            # Its standard input ends with this process, however that ends, and the run with it.
+            code = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT
+            ).wait()
         if code:
             tail = (workdir / "log.txt").read_text().splitlines()[-3:]
             raise UserError(f"{arm}, seed {seed} ended with status {code}; {workdir}/log.txt ends: " + "\n".join(tail))
@@ -97,18 +104,22 @@ class Runner:
 def main(tier: str, arms: str, seeds: str, out: str, jobs: int) -> None:
     names = [one_of("--arms", name, tuple(ARMS)) for name in arms.split(",")]
     sizes = TIERS[one_of("--tier", tier, tuple(TIERS))]
+    ranged = ranges.parse(seeds, f"--seeds={seeds}", "is no number and no range; give 0,1,2 or 0-2.")
+    numbers = [n for _, first, last in ranged for n in range(first, last + 1)]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if count("--jobs", jobs) > len(cores):
+        raise UserError(f"--jobs={jobs}: each run has a core of its own, and there are {len(cores)}.")
     where = pathlib.Path(out)
     where.mkdir(parents=True, exist_ok=True)
     texts.make(where / "data", sizes.student.vocab_size, jobs)
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    Runner(tier, where, cores[:jobs])(ordered(names, [int(seed) for seed in seeds.split(",")]))
+    Runner(tier, where, cores[:jobs])(ordered(names, numbers))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", default="nano")
     parser.add_argument("--arms", required=True, help="comma between them; see arms.py")
-    parser.add_argument("--seeds", default="0", help="comma between them")
+    parser.add_argument("--seeds", default="0", help="as 0,1,2 or 0-2")
     parser.add_argument("--out", default="runs/track")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, each on a core of its own")
     run_flags(main, parser)

@@ -1,19 +1,21 @@
 """The arms of the track: what is changed from a plain run, and which other runs it needs."""
 
+import pathlib
 from typing import Any, NamedTuple
 
 
 class Arm(NamedTuple):
     """A way to train the student, or one of its helpers.
 
-    changes: fields of the config, by their dotted names. model: of `Tier.helpers`; empty is the student. teacher: the
-    arm whose run, of the same seed, is teacher.path. length: of the run, as a multiple of 20 tokens a parameter.
+    Attributes:
+      changes: fields of the config, by their dotted names.
+      model: of `Tier.helpers`; empty is the student.
+      teacher: the arm whose run, of the same seed, is teacher.path; empty is none.
     """
 
     changes: dict[str, Any] = {}
     model: str = ""
     teacher: str = ""
-    length: float = 1.0
 
 
 ADAMW = {"optimizer.name": "adamw"}
@@ -45,3 +47,10 @@ ARMS = {
     **_rates("adamw", (2e-3, 8e-3, 1.6e-2)),
     **_rates("muon", (2e-3, 8e-3, 1.6e-2, 3.2e-2)),
 }
+
+LINE = "line.json"  # in the workdir of a run that is finished: what came out of it
+
+
+def workdir_of(out: pathlib.Path, tier: str, arm: str, seed: int) -> pathlib.Path:
+    """Where a run of an arm is."""
+    return out / tier / arm / str(seed)

@@ -1,77 +1,76 @@
-"""One run of the track, in a process of its own: train, evaluate, and print what came out as a JSON line.
+"""One run of the track, in a process of its own: train, evaluate, write what came out to line.json in its workdir.
 
-python -m benchmarks.track.one TIER ARM SEED OUT
+The runner starts it: python -m benchmarks.track.one TIER ARM SEED OUT CORE. It ends when its standard input does.
 """
 
-import dataclasses
+if __name__ == "__main__":  # before jax counts the cores
+    import os
+    import sys
+
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(sys.argv[5])})
+
 import json
 import os
 import pathlib
 import subprocess
 import sys
+import threading
+from typing import Any
 
-import jax
+from ml_collections import ConfigDict
 
-from benchmarks.track.arms import ARMS
+from benchmarks.track.arms import ARMS, LINE, workdir_of
 from benchmarks.track.setting import TIERS, Tier, recipe
-from lmboost import checkpoint, config, evaluate, sharding
-from lmboost.data import loader
+from lmboost import checkpoint, config, evaluate, places
 from lmboost.run import goodput, metrics
 from lmboost.train import train
 
-ASKED = {"final": "train", "bible": "bible", "javascript": "javascript"}
+ASKED = {"final": "train", "bible": "bible", "javascript": "javascript"}  # name of the loss: data of `texts.make`
+HELPER_SEEDS = 1000  # above the student's: a helper has not read the student's rows in the student's order
 
 
-def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict:
-    arm, data = ARMS[name], out / "data"
+def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
+    """Trains an arm to its end and returns its line.
+
+    Losses are in nats per token, "flops" are those of training with the helpers' forward passes, "seconds" those of
+    steps and their compilation; "curve" has (step, validation loss, FLOPs) of each evaluation on the way.
+    """
+    arm, data, workdir = ARMS[name], out / "data", str(workdir_of(out, tier.name, name, seed))
     model = tier.helpers[arm.model] if arm.model else tier.student
-    c = recipe(tier, model, round(arm.length * tier.steps_of(model)))
+    c = recipe(tier, model)
     c.update_from_flattened_dict(arm.changes)
-    c.seed, c.data.train = seed, str(data / "train")
+    c.seed, c.data.train = seed + (HELPER_SEEDS if arm.model else 0), str(data / "train")
     if arm.teacher:
-        c.teacher.path = str(workdir_of(out, tier, arm.teacher, seed))
-    workdir = workdir_of(out, tier, name, seed)
-    state = train(c, str(workdir))
-    lines = [line for line in metrics.read(str(workdir)) if line.get("val_loss") is not None]
+        c.teacher.path = str(workdir_of(out, tier.name, arm.teacher, seed))
+    train(c, workdir)
+    asked = {
+        loss: evaluate.evaluate(workdir, str(data / of), -1, tier.final_batches, tier.batch_size)["val_loss"]
+        for loss, of in ASKED.items()
+    }
+    evaluations = [line for line in metrics.read(workdir) if line.get("val_loss") is not None]
+    spent, manifest = goodput.read(workdir).seconds, checkpoint.Run(workdir).manifest()
     return {
-        "tier": tier.name, "arm": name, "seed": seed, "steps": c.steps, "parameters": model.num_params(),
-        "teacher": arm.teacher, **_asked(tier, model, state.params["model"], data),
-        "flops": lines[-1]["flops"], "seconds": _seconds(workdir),
-        "curve": [[line["step"], round(line["val_loss"], 5), line["flops"]] for line in lines],
-        "config": _changed(c), "data": loader.info(str(data / "train"), "train").fingerprint,
-        "versions": checkpoint.versions(), "model": dataclasses.asdict(model),
+        "tier": tier.name, "arm": name, "seed": seed, "teacher": arm.teacher, "steps": c.steps,
+        "parameters": model.num_params(), **asked, "flops": evaluations[-1]["flops"],
+        "seconds": spent["step"] + spent["compile"],
+        "curve": [[line["step"], line["val_loss"], line["flops"]] for line in evaluations],
+        "config": _changed(c), "model": manifest["model"], "data": manifest["data"], "versions": manifest["versions"],
+        "devices": manifest["devices"],
     }  # fmt: skip
 
 
-def workdir_of(out: pathlib.Path, tier: Tier, arm: str, seed: int) -> pathlib.Path:
-    return out / tier.name / arm / str(seed)
-
-
-def _asked(tier: Tier, model, params, data: pathlib.Path) -> dict[str, float]:
-    """Losses, in nats per token, on held-out documents and on the texts out of the domain."""
-    mesh, found = sharding.make_mesh(1, 1, 1), {}
-    with jax.set_mesh(mesh):
-        for name, directory in ASKED.items():
-            validation = evaluate.Validation(
-                model, str(data / directory), tier.seq_len, tier.batch_size, tier.final_batches, mesh, 512
-            )
-            found[name] = round(validation(params)["val_loss"], 5)
-    return found
-
-
-def _seconds(workdir: pathlib.Path) -> float:
-    """Of steps, compiled or being compiled, over all attempts."""
-    last = {}
-    for line in map(json.loads, (workdir / goodput.FILE).read_text().splitlines()):
-        last[line["attempt"]] = line["seconds"]
-    return round(sum(s["step"] + s.get("compile", 0.0) for s in last.values()), 1)
-
-
-def _changed(c) -> dict:
-    """What is not as in config.base(), but for places."""
+def _changed(c: ConfigDict) -> dict[str, Any]:
+    """The fields that are not as in config.base(), but for the model, which has a place of its own, and for paths."""
     base = config.flatten(config.base())
-    flat = config.flatten(c)
-    return {k: v for k, v in flat.items() if v != base[k] and not k.startswith(("model.", "data.", "teacher.path"))}
+    apart = ("model.", "data.train", "teacher.path")
+    return {k: v for k, v in config.flatten(c).items() if v != base[k] and not k.startswith(apart)}
+
+
+def _end_with_runner() -> None:
+    """Ends the process when its standard input does: a runner that was killed leaves no run behind."""
+    os.read(0, 1)  # not by way of sys.stdin, whose lock the interpreter wants at its end
+    os._exit(1)
 
 
 def commit() -> str:
@@ -85,9 +84,8 @@ def commit() -> str:
 
 
 if __name__ == "__main__":
-    tier, arm, seed, out = sys.argv[1:5]
+    threading.Thread(target=_end_with_runner, daemon=True).start()
+    tier, arm, seed, out = TIERS[sys.argv[1]], sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])
     at = commit()  # before the run: the code may change while it lasts
-    result = {"commit": at} | run(TIERS[tier], arm, int(seed), pathlib.Path(out))
-    path = workdir_of(pathlib.Path(out), TIERS[tier], arm, int(seed)) / "line.json"
-    path.with_suffix(".part").write_text(json.dumps(result))
-    os.replace(path.with_suffix(".part"), path)
+    line = {"commit": at} | run(tier, arm, seed, out)
+    places.write(workdir_of(out, tier.name, arm, seed) / LINE, json.dumps(line))

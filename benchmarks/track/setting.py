@@ -9,6 +9,7 @@ from lmboost.models.model_config import ModelConfig
 
 
 def decoder(layers: int, width: int, heads: int, mlp: int) -> ModelConfig:
+    """A small Llama with query and key norms, for rows of 128 tokens out of 512."""
     return ModelConfig(
         vocab_size=512, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads,
         head_dim=width // heads, mlp_dim=mlp, max_seq_len=128, qk_norm="head", tie_embeddings=True, dtype="float32",
@@ -26,17 +27,13 @@ class Tier:
     batch_size: int = 8
     seq_len: int = 128
     accumulation: int = 2  # the same step, faster on a core whose cache it then fits into
-    evaluations: int = 20
-    validation_batches: int = 48
-    final_batches: int = 256
-
-    @property
-    def steps(self) -> int:
-        """Those of a run of full length: 20 tokens a parameter."""
-        return self.steps_of(self.student)
+    evaluations: int = 20  # on the way
+    validation_batches: int = 48  # of each of them
+    final_batches: int = 256  # of each text that is asked about at the end
 
     def steps_of(self, model: ModelConfig) -> int:
-        return round(20 * model.num_params() / (self.batch_size * self.seq_len) / 20) * 20
+        """Those in which a model sees 20 tokens a parameter, as a multiple of the evaluations."""
+        return round(20 * model.num_params() / (self.batch_size * self.seq_len * self.evaluations)) * self.evaluations
 
 
 NANO = Tier(
@@ -50,15 +47,15 @@ MICRO = Tier(
 TIERS = {tier.name: tier for tier in (NANO, MICRO)}
 
 
-def recipe(tier: Tier, model: ModelConfig, steps: int) -> ConfigDict:
-    """A plain run of a model of the tier."""
-    c = config.base()
+def recipe(tier: Tier, model: ModelConfig) -> ConfigDict:
+    """A plain run of a model of the tier, at 20 tokens a parameter."""
+    c, steps = config.base(), tier.steps_of(model)
     c.steps, c.batch_size, c.seq_len, c.accumulation = steps, tier.batch_size, tier.seq_len, tier.accumulation
     c.objective.block_tokens = tier.batch_size * tier.seq_len // tier.accumulation
     c.model = config.model(model)
     c.teacher.dtype = "float32"
     c.optimizer.update({"learning_rate": 4e-3, "b2": 0.98, "warmup_steps": round(0.05 * steps)})
-    c.checkpoint.every, c.checkpoint.keep = max(steps // 4, 1), 1
-    c.eval.every, c.eval.batches = max(steps // tier.evaluations, 1), tier.validation_batches
+    c.checkpoint.every, c.checkpoint.keep = steps // 4, 1
+    c.eval.every, c.eval.batches = steps // tier.evaluations, tier.validation_batches
     c.log.every, c.log.tensorboard = 50, False
     return c

