@@ -34,6 +34,17 @@ def _rates(name: str, rates: tuple[float, ...]) -> dict[str, Arm]:
     return {f"{name}-lr{r:g}": Arm({"optimizer.name": name, "optimizer.learning_rate": r}) for r in rates}
 
 
+def _stops(size: str, stops: tuple[float, ...]) -> dict[str, Arm]:
+    """Each help alone and both, by a teacher of this size, until each of these fractions of the run."""
+    helps = {"salt": lambda stop: _kd(stop=stop), "let": lambda stop: _align(stop=stop)}
+    helps["both"] = lambda stop: _kd(stop=stop) | _align(stop=stop)
+    return {
+        f"{name}-{size}-{stop:g}": Arm(MUON | changes(stop), teacher=f"teacher-{size}")
+        for name, changes in helps.items()
+        for stop in stops
+    }
+
+
 ARMS = {
     **{f"teacher-{size}": Arm(ADAMW, size) for size in ("tenth", "fifth", "half")},
     "adamw": Arm(ADAMW),
@@ -44,6 +55,9 @@ ARMS = {
     "salt": Arm(MUON | _kd(), teacher="teacher-fifth"),
     "let": Arm(MUON | _align(), teacher="teacher-fifth"),
     "both": Arm(MUON | _kd() | _align(), teacher="teacher-fifth"),
+    **_stops("tenth", (0.02, 0.05, 0.1)),
+    **_stops("fifth", (0.05, 0.1, 0.2, 0.4)),
+    **_stops("half", (0.1, 0.2, 0.4)),
     **_rates("adamw", (2e-3, 8e-3, 1.6e-2)),
     **_rates("muon", (2e-3, 8e-3, 1.6e-2, 3.2e-2)),
 }
