@@ -34,6 +34,18 @@ def _rates(name: str, rates: tuple[float, ...]) -> dict[str, Arm]:
     return {f"{name}-lr{r:g}": Arm({"optimizer.name": name, "optimizer.learning_rate": r}) for r in rates}
 
 
+def _tuned(name: str) -> dict[str, Arm]:
+    """One field of the optimizer at a time, at the rate 8e-3."""
+    at = {"optimizer.name": name, "optimizer.learning_rate": 8e-3}
+    one = {
+        "beta0.95": {"b1": 0.95}, "beta0.98": {"b1": 0.98}, "beta2-0.95": {"b2": 0.95}, "beta2-0.99": {"b2": 0.99},
+        "decay0": {"weight_decay": 0.0}, "decay0.3": {"weight_decay": 0.3}, "final0": {"final_fraction": 0.0},
+        "linear0": {"schedule": "linear", "final_fraction": 0.0}, "warmup2": {"warmup_steps": 53},
+        "warmup10": {"warmup_steps": 266}, "clip0": {"clip_norm": 0.0},
+    }  # fmt: skip
+    return {f"{name}-{k}": Arm(at | {f"optimizer.{f}": x for f, x in v.items()}) for k, v in one.items()}
+
+
 def _stops(size: str, stops: tuple[float, ...]) -> dict[str, Arm]:
     """Each help alone and both, by a teacher of this size, until each of these fractions of the run."""
     helps = {"salt": lambda stop: _kd(stop=stop), "let": lambda stop: _align(stop=stop)}
@@ -60,6 +72,8 @@ ARMS = {
     **_stops("half", (0.1, 0.2, 0.4)),
     **_rates("adamw", (2e-3, 8e-3, 1.6e-2)),
     **_rates("muon", (2e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    **_tuned("adamw"),
+    **_tuned("muon"),
 }
 
 LINE = "line.json"  # in the workdir of a run that is finished: what came out of it
