@@ -70,7 +70,7 @@ def arm_costs(module, arm: str, sizes: str) -> Costs:
     parent = module.parent(sizes)
     student = ModelConfig(**(tree("cut") if searched else c).model)
     alone = c.steps * flops.step_flops(student, c.batch_size, c.seq_len)
-    helpers = [(parent, None, 1)] if c.objective.kd.weight else []
+    helpers = [flops.Forward(parent)] if c.objective.kd.weight else []
     helped = c.steps * flops.step_flops(student, c.batch_size, c.seq_len, helpers)
     tokens = c.search.candidates * c.search.rows * c.seq_len
     search = tokens * flops.forward_flops(hull(c.search, parent), c.seq_len) if searched else 0.0

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FieldReference, config_flags
 
 from lmboost.errors import UserError, nearest, one_of
 from lmboost.models.model_config import ModelConfig
@@ -64,7 +64,8 @@ def base() -> ConfigDict:
     kd.top_p = 1.0  # keep the fewest tokens that hold this probability; 1 is all
     kd.tail = "bucket"  # the other tokens: one bucket on both sides, or "renormalise" the teacher without them
     kd.handover = "hard"  # "linear": w falls to 0; "linear_ratio": w / (1 - w) falls; "constant": to the end (RKD)
-    kd.stop = 0.2  # fraction of the run at which the weight is 0
+    kd.gate = "none"  # "hard": kd only on tokens that the teacher predicts better; "soft": the more, the better
+    kd.stop = fraction_or_auto(0.2)  # fraction of the run at which the weight is 0
     kd.decay_from = 0.0  # fraction at which a linear hand-over begins
 
     # LET (arXiv 2602.05393): a late layer of the teacher guides an early layer of the student.
@@ -75,7 +76,13 @@ def base() -> ConfigDict:
     align.map = "teacher_to_student"  # interpolate over features; "student_to_teacher", or a learned "projection"
     align.centre = False  # subtract the row's mean state from each side first
     align.final_norm = True  # the teacher's last state is taken after its final norm
-    align.stop = 0.3  # fraction of the run at which the weight has fallen linearly to 0
+    align.stop = fraction_or_auto(0.3)  # fraction of the run at which the weight has fallen linearly to 0
+
+    # stop=auto: the weight is a share of what it would be, in which the teacher is ahead on the same labels. Nats a token.
+    objective.auto = auto = ConfigDict()
+    auto.full = 0.5  # lead from which on help has its full weight
+    auto.end = 0.0  # lead below which it has ended, for good
+    auto.smoothing = 0.95  # of the lead from step to step
 
     # SALT_DS: train on what is challenging yet learnable for an early checkpoint of the small model.
     objective.select = select = ConfigDict()
@@ -170,6 +177,11 @@ def shrink(c: ConfigDict) -> None:
     """Makes a recipe's run last seconds on a CPU; its model is the recipe's to shrink (presets.tiny)."""
     c.update({"steps": 8, "batch_size": 8, "seq_len": 64, "optimizer": {"warmup_steps": 2}})
     c.update({"checkpoint": {"every": 4}, "eval": {"every": 4, "batches": 2}, "log": {"every": 1}})
+
+
+def fraction_or_auto(default: float) -> FieldReference:
+    """A field that holds a fraction of the run, or the word "auto"."""
+    return FieldReference(default, field_type=object)
 
 
 DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool}

@@ -5,6 +5,7 @@ counted, so a utilisation computed from them is MFU in the sense of PaLM (arXiv 
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from lmboost.models.model_config import ModelConfig
 
@@ -50,23 +51,24 @@ def forward_flops(config: ModelConfig, seq_len: int, num_layers: int | None = No
     return total + (2 * c.d_model * c.vocab_size if vocabulary else 0)
 
 
-def step_flops(
-    student: ModelConfig,
-    batch_size: int,
-    seq_len: int,
-    helpers: Iterable[tuple[ModelConfig, int | None, int]] = (),
-) -> float:
-    """FLOPs of one training step over all devices: three forward passes of the student, and its helpers' one.
+class Forward(NamedTuple):
+    """What a helper computes in a step; see `objective.terms.forwards`."""
 
-    Args:
-      helpers: of each (model, layers, rows): how many of its first layers it computes, None for all of them and the
-        vocabulary projection, and for how many rows for each row of the batch. See `objective.terms.forwards`.
+    model: ModelConfig
+    layers: int | None = None  # how many of the first ones; None is all of them
+    rows: int = 1  # for each row of the batch
+    vocabulary: float = 1.0  # share of the tokens that are projected to the vocabulary
+
+
+def step_flops(student: ModelConfig, batch_size: int, seq_len: int, helpers: Iterable[Forward] = ()) -> float:
+    """FLOPs of one training step over all devices: three forward passes of the student, and its helpers' one.
 
     The learned maps of an alignment are not counted (under a thousandth of a step).
     """
     per_token = 3 * forward_flops(student, seq_len)
-    for model, layers, rows in helpers:
-        per_token += rows * forward_flops(model, seq_len, layers, vocabulary=layers is None)
+    for model, layers, rows, vocabulary in helpers:
+        projection = 2 * model.d_model * model.vocab_size
+        per_token += rows * (forward_flops(model, seq_len, layers, vocabulary=False) + vocabulary * projection)
     return per_token * batch_size * seq_len
 
 

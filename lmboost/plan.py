@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from lmboost.data import loader
 from lmboost.data.rows import Rows, parse_ranges
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
-from lmboost.objective import terms
+from lmboost.objective import auto, terms
 from lmboost.objective.terms import Objective, make_objective
 from lmboost.teacher import Helper
 from lmboost.teacher import find as find_helper
@@ -28,7 +29,7 @@ class Plan:
     """A run, ready to be built: plain values, checked. The last three are None in an `outline`.
 
     Attributes:
-      spans: the steps with the same helps, from the first to the last.
+      stops: the first step without each help; the end of the run where help ends by itself and has not yet.
       rows: which rows of the data a step reads.
       seed: of the parameters and of the order of the data.
       skip: steps whose rows are left out, as they were given.
@@ -36,7 +37,7 @@ class Plan:
 
     student: ModelConfig
     objective: Objective
-    spans: tuple[terms.Span, ...]
+    stops: Mapping[str, int]
     rows: Rows
     steps: int
     batch_size: int
@@ -49,6 +50,22 @@ class Plan:
     train_data: loader.DataInfo | None = None
     validation_data: loader.DataInfo | None = None
     manifest: dict[str, Any] | None = None
+
+    @functools.cached_property
+    def spans(self) -> tuple[terms.Span, ...]:
+        """The steps with the same helps, from the first to the last."""
+        return terms.cut(self.stops, self.steps)
+
+    def ended(self, step: int) -> "Plan":
+        """The same where the help that ends by itself has no weight from `step` on.
+
+        That step is taken with the teacher still: what it says is known to the host one step late.
+        """
+        rule = self.objective.auto
+        if step == auto.NEVER or not rule:
+            return self
+        ends = {name: min(step + 1, stop) for name, stop in self.stops.items() if name in rule.helps}
+        return dataclasses.replace(self, stops={**self.stops, **ends})
 
     def span(self, step: int) -> terms.Span:
         """The one that a step lies in."""
@@ -129,13 +146,13 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
 
 def outline(config: ConfigDict, student: ModelConfig, teacher: Helper | None, scorer: Helper | None) -> Plan:
     """The plan of a run as far as its compiled programs depend on it: without data, manifest and workdir."""
-    spans = terms.spans(config.objective, config.steps)
+    stops = terms.stops(config.objective, config.steps)
     objective = make_objective(config.objective, config.steps, student, teacher and teacher.model)
-    selecting = tuple((first, end) for first, end, helps in spans if "select" in helps)
+    selecting = ((0, stops["select"]),) if stops["select"] else ()
     rows = Rows(config.batch_size, objective.select.candidates, selecting)
     names = ("steps", "batch_size", "seq_len", "accumulation", "seed")
     return Plan(
-        student, objective, spans, rows.without(parse_ranges(config.data.skip, config.steps), config.steps),
+        student, objective, stops, rows.without(parse_ranges(config.data.skip, config.steps), config.steps),
         **{name: config[name] for name in names}, skip=config.data.skip, teacher=teacher, scorer=scorer,
     )  # fmt: skip
 

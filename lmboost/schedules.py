@@ -1,7 +1,8 @@
 """The learning rate as a function of the step, and the fractions of a run that become steps.
 
 A schedule is a function of the number of steps done so far, 0 to steps - 1, that is computed in the graph. Weights of
-helps are schedules, too: each stands beside its term in objective/.
+helps are schedules, too: each stands beside its term in objective/, and follows from `share` instead of the step where
+the help ends by itself (objective/auto.py).
 
 Fractions of a run become steps by `round(fraction * steps)`. Differences of steps are taken as integers, so that a
 weight is exactly 0 from its last step on and never before it.
@@ -17,6 +18,7 @@ from lmboost.errors import UserError, fraction, number, one_of
 SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 Schedule = Callable[[jax.Array | int], jax.Array]  # int32 step -> float32
+Weight = Callable[..., jax.Array]  # (int32 step, float32 share = 1) -> float32
 
 
 def learning_rate(config, steps: int) -> Schedule:

@@ -43,6 +43,7 @@ from ml_collections import ConfigDict
 from lmboost import checkpoint, config, evaluate, going_on, optimizers, places, plan, sharding, start, teacher
 from lmboost.data import loader, tokenizer
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
+from lmboost.objective import auto
 from lmboost.run import goodput, guard, lock, processes
 from lmboost.run.checkpointer import Checkpointer, check_fingerprints, restore_state
 from lmboost.run.log import Parts, RunLog, Settings
@@ -97,11 +98,13 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 say(f"the run in {workdir} is finished: {c.steps} steps")
                 _check_last(state)
                 return state
+            if state.watch:
+                run = run.ended(int(state.watch.ended))
             needed = {name: run.helpers()[name] for name in run.needed(first)}
             helpers = teacher.load(needed, mesh, c.teacher.dtype, c.seed + 1 if c.teacher.random else None)
             manifest = _write_manifest(run, helpers, workdir)
         clock.begin(first)
-        asked = Settings(c.steps, c.batch_size * c.seq_len, run.flops, c.max_nonfinite, **c.log)
+        asked = Settings(c.steps, c.batch_size * c.seq_len, lambda done: run.flops(done), c.max_nonfinite, **c.log)
         log = keep(RunLog(asked, log_dir, clock, first))
         part = Parts(watch, clock, log)
 
@@ -131,7 +134,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
 
         # -------------------------------------------------------------- the loop
         batches = keep(data.batches(run.rows, first, c.steps))
-        step_fn = None
+        step_fn = told = None
         evaluated = evaluated or evaluate_at(first)
         for step in range(first, c.steps):
             if preempted.reached(step):
@@ -154,6 +157,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             with part(f"working on step {step}", "compile" if fresh else "step"):
                 state, step_metrics = step_fn(state, helpers, batch)
             log.step(step, step_metrics)
+            run = run.ended(int(told[0])) if told else run  # of the step before: the device is not waited for
+            told = step_metrics.get(auto.ENDED)
             done = step + 1
             evaluated = evaluate_at(done)
             if done < c.steps:
@@ -199,7 +204,7 @@ def _start(
 
     That of the run's own newest whole checkpoint, else resume.path, else init.path, else random.
     """
-    fresh = lambda: init_state(run.init_params(), tx)  # noqa: E731
+    fresh = lambda: init_state(run.init_params(), tx, run.objective.auto)  # noqa: E731
     like = jax.eval_shape(fresh)
     shardings = sharding.tree_sharding(like, mesh)
     found, origin = checkpointer.restore(like, shardings), "own checkpoint"

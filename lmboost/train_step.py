@@ -20,7 +20,7 @@ from lmboost import sharding
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.vocabulary import Head
-from lmboost.objective import align, select
+from lmboost.objective import align, auto, select
 from lmboost.objective.blend import Coefficients, Sums, blend
 from lmboost.objective.kd import SoftTargets
 from lmboost.objective.terms import Objective, needed
@@ -38,6 +38,7 @@ class TrainState(flax.struct.PyTreeNode):
     opt_state: Any
     skipped: jax.Array  # int32, steps whose gradient or loss was not finite
     skipped_in_a_row: jax.Array
+    watch: auto.Watch | None = None  # of the teacher, where help ends by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +64,18 @@ class Program:
         """(student state, teacher state) that are aligned."""
         return self.objective.align.pairs if "align" in self.helps else ()
 
+    @property
+    def watches(self) -> bool:
+        """Whether the teacher's lead is measured, and ends help."""
+        return self.objective.auto is not None and bool(self.helps & self.objective.auto.helps)
+
 
 class _Gathered(NamedTuple):
     """What one pass over the rows adds up beside the gradient."""
 
     sums: Sums
     align: jax.Array  # of negative cosines
+    teacher: jax.Array  # of the teacher's cross-entropy on the labels, where it is measured
 
 
 def init_params(student: ModelConfig, objective: Objective, seed: int, teacher: ModelConfig | None = None):
@@ -81,9 +88,13 @@ def init_params(student: ModelConfig, objective: Objective, seed: int, teacher: 
     return params
 
 
-def init_state(params, tx: optax.GradientTransformation) -> TrainState:
-    """Step 0 with a fresh optimizer. Each counter is an array of its own: the step donates them."""
-    return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0), jnp.int32(0))
+def init_state(params, tx: optax.GradientTransformation, rule: auto.Auto | None = None) -> TrainState:
+    """Step 0 with a fresh optimizer. Each counter is an array of its own: the step donates them.
+
+    rule: the objective's, by which help ends.
+    """
+    watch = auto.begin() if rule else None
+    return TrainState(jnp.int32(0), params, tx.init(params), jnp.int32(0), jnp.int32(0), watch)
 
 
 def make_train_step(
@@ -99,13 +110,18 @@ def make_train_step(
         metrics, helpers = {}, jax.lax.stop_gradient(helpers)
         if "select" in program.helps:
             batch, metrics["kept_fraction"] = _select(program, helpers["scorer"], batch)
-        (grads, probes), gathered = _accumulated(program, state.params, helpers, batch, state.step)
+        share = auto.share(program.objective.auto, state.watch) if program.watches else 1.0
+        weights = {name: program.objective.weights[name](state.step, share) for name in program.helps}
+        (grads, probes), gathered = _accumulated(program, state.params, helpers, batch, state.step, weights)
         tokens = jnp.maximum(gathered.sums.count, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(gathered.sums.loss) & jnp.isfinite(grad_norm)
         new_state = _update(state, grads, finite, tx)
-        metrics |= _metrics(program, state.step, gathered, probes)
+        metrics |= _metrics(program, weights, gathered, probes)
+        if program.watches:
+            new_state, measured = _watch(program, new_state, gathered, finite)
+            metrics |= measured
         return new_state, metrics | {
             "grad_norm": _one(grad_norm),
             "learning_rate": _one(learning_rate(state.step - state.skipped)),
@@ -155,20 +171,19 @@ def _teacher_states(program: Program, params, batch: Batch) -> tuple[jax.Array |
     return jax.lax.stop_gradient((h, {s: captured[t] for s, t in program.pairs}))
 
 
-def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], batch: Batch, step):
-    """(sum over tokens to differentiate, what is gathered)."""
+def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], batch: Batch, step, helping):
+    """(sum over tokens to differentiate, what is gathered); `helping` are the weights of helps."""
     student, objective = program.student, program.objective
     weights = batch["weights"]
     h_teacher, guides = _teacher_states(program, helpers.get("teacher"), batch)
     maps, taps = params.get("align", {}), {}
     for s, target in guides.items():
         fixed = jax.lax.stop_gradient(maps.get(str(s)))
-        lam = objective.weights["align"](step)
-        taps[s] = align.tap(target, weights, objective.align, lam, probes[str(s)], fixed)
+        taps[s] = align.tap(target, weights, objective.align, helping["align"], probes[str(s)], fixed)
     h, captured = _forward(student, params["model"], batch, capture=guides, taps=taps)
     coefficients, soft = Coefficients(z=objective.z_loss), None
     if "kd" in program.helps:
-        kd = objective.weights["kd"](step)
+        kd = helping["kd"]
         coefficients = Coefficients(1.0 - kd if objective.ce_weight < 0 else objective.ce_weight, kd, objective.z_loss)
         soft = SoftTargets(h_teacher, transformer.head(helpers["teacher"]), program.teacher.vocab_size, objective.kd)
     head = Head(transformer.head(params["model"]), student.vocab_size)
@@ -179,28 +194,40 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
         term = align.negative_cosine(state, target, weights, objective.align, maps.get(str(s)))
         align_sum += jax.lax.stop_gradient(term)
         loss += term if str(s) in maps else 0.0
-    return loss, _Gathered(sums, align_sum)
+    teacher_sum = sums.teacher
+    if program.watches and "kd" not in program.helps:
+        teacher_sum = jax.lax.cond(
+            step % auto.EVERY == 0, lambda: _teacher_loss(program, helpers["teacher"], h_teacher, batch),
+            lambda: jnp.zeros((), jnp.float32),
+        )  # fmt: skip
+    return loss, _Gathered(sums, align_sum, teacher_sum)
 
 
-def _gradients(program: Program, params, helpers: Mapping[str, Any], batch: Batch, step):
+def _teacher_loss(program: Program, params, h_teacher, batch: Batch) -> jax.Array:
+    """The sum of the teacher's cross-entropy on the labels."""
+    head, block_tokens = Head(transformer.head(params), program.teacher.vocab_size), program.objective.block_tokens
+    return blend(h_teacher, head, batch["targets"], batch["weights"], block_tokens=block_tokens).ce
+
+
+def _gradients(program: Program, params, helpers: Mapping[str, Any], batch: Batch, step, helping):
     """((gradient, what the taps' probes saw), what is gathered), all of them sums over the rows."""
     probes = {str(s): jnp.zeros(2, jnp.float32) for s, _ in program.pairs}
     differentiate = jax.value_and_grad(_loss_sums, argnums=(0, 1), has_aux=True)
-    (_, gathered), grads = differentiate(params, probes, program, helpers, batch, step)
+    (_, gathered), grads = differentiate(params, probes, program, helpers, batch, step, helping)
     return grads, gathered
 
 
-def _accumulated(program: Program, params, helpers: Mapping[str, Any], batch: Batch, step):
+def _accumulated(program: Program, params, helpers: Mapping[str, Any], batch: Batch, step, helping):
     """As `_gradients`, of the batch in parts, one after the other."""
     if program.accumulation == 1:
-        return _gradients(program, params, helpers, batch, step)
+        return _gradients(program, params, helpers, batch, step, helping)
     parts = jax.tree.map(lambda x: _split_rows(x, program.accumulation), batch)
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, _gradients(program, params, helpers, part, step)), None
+        return jax.tree.map(jnp.add, total, _gradients(program, params, helpers, part, step, helping)), None
 
     part = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(lambda *arguments: _gradients(program, *arguments), params, helpers, part, step)
+    shapes = jax.eval_shape(lambda *arguments: _gradients(program, *arguments), params, helpers, part, step, helping)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, parts)[0]
 
@@ -213,7 +240,7 @@ def _update(state: TrainState, grads, finite, tx: optax.GradientTransformation) 
         lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
     )
     skipped = (~finite).astype(jnp.int32)
-    return TrainState(
+    return state.replace(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
@@ -222,21 +249,33 @@ def _update(state: TrainState, grads, finite, tx: optax.GradientTransformation) 
     )
 
 
-def _metrics(program: Program, step, gathered: _Gathered, probes: Mapping[str, jax.Array]) -> Metrics:
+def _watch(program: Program, state: TrainState, gathered: _Gathered, finite) -> tuple[TrainState, Metrics]:
+    """The state after its newest step, with what that says of the teacher's lead; and that as metrics."""
+    step, sums = state.step - 1, gathered.sums
+    lead = (sums.ce - gathered.teacher) / jnp.maximum(sums.count, 1.0)
+    measured = finite & jnp.isfinite(lead) & (sums.count > 0)
+    if "kd" not in program.helps:
+        measured &= step % auto.EVERY == 0
+    watch = auto.update(program.objective.auto, state.watch, lead, measured, step)
+    return state.replace(watch=watch), {"lead": _one(watch.lead), auto.ENDED: _one(watch.ended)}
+
+
+def _metrics(program: Program, weights: Mapping[str, jax.Array], gathered: _Gathered, probes: Mapping) -> Metrics:
     """(sum, count) of the terms, in nats per token, and of the helps' weights."""
-    (sums, align_sum), weights = gathered, program.objective.weights
+    sums, align_sum, _ = gathered
     metrics = {"loss": (sums.loss, sums.count), "ce": (sums.ce, sums.count), "predicted_tokens": _one(sums.count)}
     if "kd" in program.helps:
         metrics["kd"] = (sums.kd, sums.count)
-        metrics["kd_weight"] = _one(weights["kd"](step))
+        metrics["kd_weight"] = _one(weights["kd"])
+        metrics["teacher_ce"] = (sums.teacher, sums.count)
     if "align" in program.helps:
         added, other = jnp.sum(jnp.stack(list(probes.values())), 0)
         metrics["align"] = (align_sum, sums.count * len(program.pairs))
         metrics["align_cosine"] = (-align_sum, sums.count * len(program.pairs))
         metrics["align_ratio"] = _one(jnp.sqrt(added / jnp.maximum(other, 1e-30)))
-        metrics["align_weight"] = _one(weights["align"](step))
+        metrics["align_weight"] = _one(weights["align"])
         if program.objective.align.scale == "plain":
-            metrics["loss"] = (sums.loss + weights["align"](step) * align_sum, sums.count)
+            metrics["loss"] = (sums.loss + weights["align"] * align_sum, sums.count)
     return metrics
 
 

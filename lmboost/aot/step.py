@@ -55,7 +55,7 @@ def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span) -> Any:
     with jax.set_mesh(mesh):
         params = jax.eval_shape(run.init_params)
         tx, learning_rate = optimizers.make_optimizer(c.optimizer, run.steps, params)
-        state = place(jax.eval_shape(lambda params: init_state(params, tx), params))
+        state = place(jax.eval_shape(lambda params: init_state(params, tx, run.objective.auto), params))
         helpers = {}
         for name in terms.needed(span.helps):
             like = jax.eval_shape(lambda: transformer.init(run.teacher.model, jax.random.key(0)))

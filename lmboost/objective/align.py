@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lmboost.errors import UserError, number, one_of
-from lmboost.schedules import Schedule, stop_step
+from lmboost.objective.auto import AUTO, latest_stop
+from lmboost.schedules import Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,17 +45,21 @@ def from_config(c: ConfigDict, student_layers: int, teacher_layers: int) -> Alig
     return Alignment(pairs, c.scale, c.map, c.centre, c.final_norm).validate()
 
 
-def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
-    """weight * max(0, (stop - step) / stop) as a function of the step, and the first step without it.
+def schedule(c: ConfigDict, steps: int) -> tuple[Weight, int]:
+    """weight * max(0, (stop - step) / stop) as a function of the step, and the first step without it at the latest.
 
     Args:
-      c: the `objective.align` subtree; its `stop` is a fraction of the run.
+      c: the `objective.align` subtree; its `stop` is a fraction of the run, or auto: then weight * share.
 
     Source: LET (arXiv 2602.05393).
     """
     weight = number("objective.align.weight", c.weight)
-    stop = stop_step("objective.align.stop", c.stop, steps)
-    return lambda step: weight * (jnp.maximum(stop - step, 0) / max(stop, 1)), stop if weight else 0
+    stop, ends_itself = latest_stop("objective.align.stop", c.stop, steps), c.stop == AUTO
+
+    def weigh(step, share=1.0):
+        return weight * (share if ends_itself else jnp.maximum(stop - step, 0) / max(stop, 1))
+
+    return weigh, stop if weight else 0
 
 
 def parse_pairs(text: str, student_layers: int, teacher_layers: int, field: str = "objective.align.pairs"):

@@ -34,6 +34,7 @@ class Sums(NamedTuple):
     ce: jax.Array
     kd: jax.Array
     z: jax.Array
+    teacher: jax.Array  # its cross-entropy on the labels
     count: jax.Array
 
 
@@ -48,6 +49,9 @@ def blend(
     block_tokens: int,
 ) -> Sums:
     """Sums over tokens of weights * (c.ce * ce + c.kd * kd + c.z * log(Z)^2) and of each term alone.
+
+    Where the soft targets gate a token by g < 1, ce takes the place of what is lost: g * (c.ce * ce + c.kd * kd) +
+    (1 - g) * ce.
 
     Args:
       h_BxTxD: the student's last hidden states; logits are float32 whatever its dtype.
@@ -98,9 +102,13 @@ def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
             log_z = jax.nn.logsumexp(logits, axis=-1)
             ce = log_z - pick(logits, labels)
             kd = soft.divergence(logits, soft_block) if soft else jnp.zeros_like(ce)
-            ce, kd, z = (jnp.sum(w * x) for x in (ce, kd, jnp.square(log_z)))
-            loss = coefficients.ce * ce + coefficients.kd * kd + coefficients.z * z
-            return loss, Sums(loss, ce, kd, z, jnp.sum(w))
+            teacher = soft.loss(soft_block, labels) if soft else jnp.zeros_like(ce)
+            gate = soft and soft.gate(ce, teacher)
+            blended = coefficients.ce * ce + coefficients.kd * kd
+            blended = blended if gate is None else gate * blended + (1 - gate) * ce
+            blended, ce, kd, z, teacher = (jnp.sum(w * x) for x in (blended, ce, kd, jnp.square(log_z), teacher))
+            loss = blended + coefficients.z * z
+            return loss, Sums(loss, ce, kd, z, teacher, jnp.sum(w))
 
         if not with_gradient:
             return (jax.tree.map(jnp.add, sums, weigh(logits)[1]), None), None
@@ -113,7 +121,7 @@ def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
         )
         return (jax.tree.map(jnp.add, sums, block_sums), kernel_gradient_SxDxV), h_gradient
 
-    zeros = Sums(*(jnp.zeros((), jnp.float32),) * 5)
+    zeros = Sums(*(jnp.zeros((), jnp.float32),) * 6)
     gradient_zeros = None
     if with_gradient:
         gradient_zeros = jnp.zeros((sharding.batch_shards(), *kernel_DxV.shape), jnp.float32)

@@ -13,9 +13,11 @@ from ml_collections import ConfigDict
 from lmboost import sharding
 from lmboost.errors import UserError, fraction, number, one_of
 from lmboost.models.vocabulary import NEGATIVE, Head, pick, project
-from lmboost.schedules import Schedule, stop_step
+from lmboost.objective.auto import AUTO, latest_stop
+from lmboost.schedules import Weight
 
 HANDOVERS = ("hard", "linear", "linear_ratio", "constant")
+GATES = ("none", "hard", "soft")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Distillation:
     top_k: int = 0
     top_p: float = 1.0
     tail: str = "bucket"
+    gate: str = "none"
 
     @property
     def truncated(self) -> bool:
@@ -41,6 +44,7 @@ class Distillation:
         one_of(f"{field}.temperature_on", self.temperature_on, ("teacher", "both"))
         one_of(f"{field}.divergence", self.divergence, ("forward", "reverse", "hard"))
         one_of(f"{field}.tail", self.tail, ("bucket", "renormalise"))
+        one_of(f"{field}.gate", self.gate, GATES)
         if self.temperature <= 0:
             raise UserError(f"{field}.temperature={self.temperature} must be above 0.")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
@@ -58,10 +62,11 @@ def from_config(c: ConfigDict) -> Distillation:
     return Distillation(**{field.name: c[field.name] for field in dataclasses.fields(Distillation)}).validate()
 
 
-def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
-    """The weight w of the soft-label term as a function of the step, and the first step without it.
+def schedule(c: ConfigDict, steps: int) -> tuple[Weight, int]:
+    """The weight w of the soft-label term as a function of the step, and the first step without it at the latest.
 
-    With x the share of the hand-over that is still to come, 1 up to `decay_from` and 0 at `stop`:
+    With x the share of the hand-over that is still to come, 1 up to `decay_from` and 0 at `stop`, or what is given
+    as `share` with stop=auto:
     hard w until `stop`; linear w * x; linear_ratio keeps w' / (1 - w') = x * w / (1 - w), that is
     w' = x w / (1 - w + x w); constant w to the end of the run, whatever `stop` says. Source: SALT (arXiv 2410.18779).
 
@@ -82,18 +87,25 @@ def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
             f"objective.kd.weight={w} with objective.kd.handover='linear_ratio': the ratio w / (1 - w) needs a weight "
             "below 1. Take, say, 0.99, or objective.kd.handover='linear'."
         )
-    stop = stop_step("objective.kd.stop", c.stop, steps)
+    stop, ends_itself = latest_stop("objective.kd.stop", c.stop, steps), c.stop == AUTO
     start = round(fraction("objective.kd.decay_from", c.decay_from) * steps)
     falls = handover in ("linear", "linear_ratio")
-    if w and falls and c.decay_from >= c.stop:
+    if ends_itself and w and (handover == "constant" or start):
+        raise UserError(
+            f"objective.kd.stop=auto with objective.kd.handover={handover!r} and objective.kd.decay_from="
+            f"{c.decay_from}: help that ends by itself begins at the first step and follows the teacher's lead. Take "
+            "the hand-over hard, linear or linear_ratio, and decay_from=0."
+        )
+    if w and falls and not ends_itself and c.decay_from >= c.stop:
         raise UserError(
             f"objective.kd.decay_from={c.decay_from} is not before objective.kd.stop={c.stop}: "
             "the hand-over begins at the first and ends at the second, both fractions of the run."
         )
     stop = steps if handover == "constant" else stop
 
-    def weight(step):
+    def weight(step, share=1.0):
         left = jnp.minimum(jnp.maximum(stop - step, 0) / max(stop - start, 1), 1.0)
+        left = jnp.asarray(share, jnp.float32) if ends_itself else left
         if not falls:
             left = jnp.where(left > 0, 1.0, 0.0)
         if handover == "linear_ratio":
@@ -106,8 +118,9 @@ def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
 class SoftTargets(flax.struct.PyTreeNode):
     """What the student's tokens are compared with, a block of them at a time: the teacher's last hidden states.
 
-    `blend` asks them for three things: `per_token`, arrays [B, T, ...] that are cut into the blocks; `of_block`,
-    what a block's part of them says of the vocabulary; and `divergence` of a block's logits from that.
+    `blend` asks them for `per_token`, arrays [B, T, ...] that are cut into the blocks; `of_block`, what a block's part
+    of them says of the vocabulary; and what follows from that: `divergence` of the student's logits, `loss` of the
+    teacher on the labels, `gate` of the tokens.
     """
 
     h_BxTxE: jax.Array
@@ -127,6 +140,21 @@ class SoftTargets(flax.struct.PyTreeNode):
         """The teacher's logits over the vocabulary that both have, in as many columns as the student's."""
         logits = project(h, Head(self.head, self.vocab_size), vocab_size, columns)
         return sharding.constrain(logits, ("batch", None, None, "vocab"))
+
+    def loss(self, teacher_logits, labels) -> jax.Array:
+        """The teacher's cross-entropy on the labels, per token [...]."""
+        return jax.nn.logsumexp(teacher_logits, axis=-1) - pick(teacher_logits, labels)
+
+    def gate(self, ce, teacher_ce) -> jax.Array | None:
+        """How much of a token's kd counts, 0 to 1; ce takes the place of the rest. None where all of it does.
+
+        hard: where the teacher's loss on the label is below the student's; soft: twice the excess over a half of the
+        teacher's share in the sum of the two probabilities of the label.
+        """
+        lead = jax.lax.stop_gradient(ce) - teacher_ce
+        gates = {"none": lambda: None, "hard": lambda: (lead > 0).astype(jnp.float32)}
+        gates["soft"] = lambda: jnp.maximum(2 * jax.nn.sigmoid(lead) - 1, 0.0)
+        return gates[self.kd.gate]()
 
     def divergence(self, logits, teacher_logits) -> jax.Array:
         """How far the student is from the teacher, per token [...], from float32 logits [..., V] of both.

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from lmboost.errors import UserError, one_of
 from lmboost.models import vocabulary
-from lmboost.schedules import Schedule, stop_step
+from lmboost.schedules import Weight, stop_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,11 @@ def from_config(c: ConfigDict) -> Selection:
     return Selection(c.candidates, fraction, c.k, c.others).validate()
 
 
-def schedule(c: ConfigDict, steps: int) -> tuple[Schedule, int]:
+def schedule(c: ConfigDict, steps: int) -> tuple[Weight, int]:
     """1 while rows are selected, 0 after it; and the first step without it."""
     stop = stop_step("objective.select.stop", c.stop, steps)
     stop = 0 if from_config(c).everything else stop
-    return lambda step: jnp.where(step < stop, 1.0, 0.0), stop
+    return lambda step, share=1.0: jnp.where(step < stop, 1.0, 0.0), stop
 
 
 def score(h_BxTxD, head: vocabulary.Head, targets, weights, selection: Selection, block_tokens: int) -> jax.Array:

@@ -13,19 +13,22 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from lmboost.errors import UserError
+from lmboost.flops import Forward
 from lmboost.models.model_config import ModelConfig
-from lmboost.objective import align, kd, select
-from lmboost.schedules import Schedule
+from lmboost.objective import align, auto, kd, select
+from lmboost.objective.auto import Auto
+from lmboost.schedules import Weight
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """The terms of the loss, and the weights of helps as functions of the step."""
+    """The terms of the loss, and the weights of helps as functions of the step, or of their share."""
 
     kd: kd.Distillation
     align: align.Alignment | None
     select: select.Selection
-    weights: Mapping[str, Schedule]  # by the name of the help
+    weights: Mapping[str, Weight]  # by the name of the help
+    auto: Auto | None = None  # the rule by which help ends, where it is not a step that is known beforehand
     ce_weight: float = -1.0  # beside kd; -1 is 1 - w
     z_loss: float = 0.0
     block_tokens: int = 1024
@@ -35,21 +38,27 @@ class Help(NamedTuple):
     """A help, as everything but the train step knows it."""
 
     needs: str  # the model whose parameters the step is given: "teacher" or "scorer"
-    schedule: Callable[[ConfigDict, int], tuple[Schedule, int]]  # subtree, steps -> weight, first step without it
-    layers: Callable[[Objective], int | None]  # of that model, that are computed; None is all and the vocabulary
-    rows: Callable[[Objective], int]  # that it computes for each row of the batch
+    schedule: Callable[[ConfigDict, int], tuple[Weight, int]]  # subtree, steps -> weight, first step without it
+    forward: Callable[[Objective, ModelConfig | None], Forward]  # what that model computes
     metrics: tuple[str, ...]  # names, while it is active; every line of metrics.jsonl has the first one
+
+
+def _align_forward(objective: Objective, model: ModelConfig | None) -> Forward:
+    """The layers up to the last state that guides the student's; all, and now and then the loss, for the lead."""
+    if objective.auto and "align" in objective.auto.helps:
+        return Forward(model, vocabulary=1 / auto.EVERY)
+    return Forward(model, max(t for _, t in objective.align.pairs), vocabulary=0.0)
 
 
 # By the name of the config subtree, in the order in which they are shown.
 HELPS = {
-    "kd": Help("teacher", kd.schedule, lambda objective: None, lambda objective: 1, ("kd", "kd_weight")),
+    "kd": Help("teacher", kd.schedule, lambda _, model: Forward(model), ("kd", "kd_weight", "teacher_ce")),
     "align": Help(
-        "teacher", align.schedule, lambda objective: max(t for _, t in objective.align.pairs), lambda objective: 1,
+        "teacher", align.schedule, _align_forward,
         ("align", "align_cosine", "align_ratio", "align_weight"),
     ),
     "select": Help(
-        "scorer", select.schedule, lambda objective: None, lambda objective: objective.select.candidates,
+        "scorer", select.schedule, lambda objective, model: Forward(model, rows=objective.select.candidates),
         ("kept_fraction",),
     ),
 }  # fmt: skip
@@ -64,12 +73,21 @@ class Span(NamedTuple):
     helps: frozenset[str]
 
 
+def stops(tree: ConfigDict, steps: int) -> dict[str, int]:
+    """The first step without each help, from the config's `objective` subtree; at the latest, where it ends itself."""
+    return {name: stop for name, (_, stop) in _schedules(tree, steps).items()}
+
+
 def spans(tree: ConfigDict, steps: int) -> tuple[Span, ...]:
-    """The run, cut where a help ends, from the config's `objective` subtree.
+    """The run, cut where a help ends, from the config's `objective` subtree."""
+    return cut(stops(tree, steps), steps)
+
+
+def cut(stops: Mapping[str, int], steps: int) -> tuple[Span, ...]:
+    """The run, cut at these first steps without each help.
 
     All helps begin at step 0, so the sets only ever shrink: once a name is gone, no later step needs it.
     """
-    stops = {name: stop for name, (_, stop) in _schedules(tree, steps).items()}
     firsts = sorted({0, *(stop for stop in stops.values() if stop < steps)})
     return tuple(
         Span(first, end, frozenset(name for name, stop in stops.items() if first < stop))
@@ -82,16 +100,13 @@ def needed(helps: frozenset[str]) -> frozenset[str]:
     return frozenset(HELPS[name].needs for name in helps)
 
 
-def forwards(objective: Objective, helps: frozenset[str], models: Mapping[str, ModelConfig | None]) -> list[tuple]:
-    """What these helps compute for each row of the batch: (model, layers, rows) of each model that they need.
-
-    layers, rows: as in `flops.step_flops`.
-    """
+def forwards(objective: Objective, helps: frozenset[str], models: Mapping[str, ModelConfig | None]) -> list[Forward]:
+    """What these helps compute, of each model that they need."""
     found = []
     for need in sorted(needed(helps)):
-        mine = [HELPS[name] for name in helps if HELPS[name].needs == need]
-        layers = [one.layers(objective) for one in mine]
-        found.append((models[need], None if None in layers else max(layers), max(one.rows(objective) for one in mine)))
+        mine = [HELPS[name].forward(objective, models[need]) for name in helps if HELPS[name].needs == need]
+        _, layers, rows, vocabulary = zip(*mine, strict=True)
+        found.append(Forward(models[need], None if None in layers else max(layers), max(rows), max(vocabulary)))
     return found
 
 
@@ -113,11 +128,12 @@ def make_objective(tree: ConfigDict, steps: int, student: ModelConfig, teacher: 
         align=align.from_config(tree.align, student.num_layers, teacher.num_layers) if "align" in on else None,
         select=select.from_config(tree.select),
         weights={name: weight for name, (weight, _) in timed.items()},
+        auto=auto.from_config(tree),
         ce_weight=tree.kd.ce_weight,
         z_loss=tree.z_loss,
         block_tokens=tree.block_tokens,
     )
 
 
-def _schedules(tree: ConfigDict, steps: int) -> dict[str, tuple[Schedule, int]]:
+def _schedules(tree: ConfigDict, steps: int) -> dict[str, tuple[Weight, int]]:
     return {name: help_.schedule(tree[name], steps) for name, help_ in HELPS.items()}
