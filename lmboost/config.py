@@ -78,7 +78,7 @@ def base() -> ConfigDict:
     align.final_norm = True  # the teacher's last state is taken after its final norm
     align.stop = fraction_or_auto(0.3)  # fraction of the run at which the weight has fallen linearly to 0
 
-    # stop=auto: the weight is a share of what it would be, in which the teacher is ahead on the same labels. Nats a token.
+    # stop=auto: help is held while the teacher is ahead on the labels, as much as it is; in nats per token.
     objective.auto = auto = ConfigDict()
     auto.full = 0.5  # lead from which on help has its full weight
     auto.end = 0.0  # lead below which it has ended, for good

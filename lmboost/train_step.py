@@ -111,7 +111,8 @@ def make_train_step(
         if "select" in program.helps:
             batch, metrics["kept_fraction"] = _select(program, helpers["scorer"], batch)
         share = auto.share(program.objective.auto, state.watch) if program.watches else 1.0
-        weights = {name: program.objective.weights[name](state.step, share) for name in program.helps}
+        schedules = program.objective.weights
+        weights = {name: schedules[name](state.step, share) for name in schedules if name in program.helps}
         (grads, probes), gathered = _accumulated(program, state.params, helpers, batch, state.step, weights)
         tokens = jnp.maximum(gathered.sums.count, 1.0)
         grads = jax.tree.map(lambda g: g / tokens, grads)

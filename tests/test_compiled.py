@@ -30,7 +30,7 @@ OBJECTIVE = Objective(
     Distillation(top_k=10),
     Alignment(((1, 1),)),
     Selection(2, 0.5),
-    {"kd": lambda s: 0.5, "align": lambda s: 1.0},
+    {"kd": lambda *_: 0.5, "align": lambda *_: 1.0},
     block_tokens=64,
 )
 HELPS = frozenset({"kd", "align", "select"})

@@ -62,7 +62,7 @@ def oracle(batch, *arguments):
 def objective(weight=0.0, lam=0.0, **fields):
     base = {
         "kd": Distillation(), "align": None, "select": Selection(),
-        "weights": {"kd": lambda step: weight, "align": lambda step: lam}, "block_tokens": 128,
+        "weights": {"kd": lambda *_: weight, "align": lambda *_: lam}, "block_tokens": 128,
     }  # fmt: skip
     return Objective(**base | fields)
 

@@ -43,6 +43,12 @@ def _tuned(name: str) -> dict[str, Arm]:
         "linear0": {"schedule": "linear", "final_fraction": 0.0}, "warmup2": {"warmup_steps": 53},
         "warmup10": {"warmup_steps": 266}, "clip0": {"clip_norm": 0.0},
     }  # fmt: skip
+    one |= {
+        f"linear0-decay{decay:g}-lr{rate:g}": {
+            "schedule": "linear", "final_fraction": 0.0, "weight_decay": decay, "learning_rate": rate
+        }
+        for decay, rate in ((0.0, 8e-3), (0.0, 1.2e-2), (0.03, 1.2e-2), (0.03, 8e-3))
+    }  # fmt: skip
     return {f"{name}-{k}": Arm(at | {f"optimizer.{f}": x for f, x in v.items()}) for k, v in one.items()}
 
 
