@@ -73,7 +73,7 @@ def run_step(obj, helps, batch, accumulation=1, mesh=None, params=None, tx=None)
     params = params or student_params
     tx = tx or optax.sgd(1.0)
     program = Program(STUDENT, obj, frozenset(helps), TEACHER, TEACHER, accumulation)
-    step, state = make_train_step(program, tx, lambda step: 1.0), init_state(params, tx)
+    step, state = make_train_step(program, tx, lambda step: 1.0), init_state(params, tx, obj.auto)
     helpers = {"teacher": teacher_params, "scorer": teacher_params}
     if mesh is None:
         new, metrics = jax.jit(step)(state, helpers, batch)

@@ -31,6 +31,8 @@ KDS = {
     "top_p_bucket": Distillation(top_p=0.7, temperature=0.7),
     "top_p_renormalise": Distillation(top_p=0.7, tail="renormalise"),
     "top_k_and_p": Distillation(top_k=8, top_p=0.8),
+    "gate_hard": Distillation(gate="hard"),
+    "gate_soft": Distillation(gate="soft", temperature=0.7),
 }
 
 
@@ -56,7 +58,13 @@ def dense_loss(h, kernel, coefficients, kd):
     log_z = jnp.log(jnp.exp(logits).sum(-1))
     ce = log_z - jnp.take_along_axis(logits, x["targets"][..., None], -1)[..., 0]
     kd_term = dense.kd_term(logits, teacher, kd) if kd else 0.0
-    total = coefficients.ce * ce + coefficients.kd * kd_term + coefficients.z * log_z**2
+    total = coefficients.ce * ce + coefficients.kd * kd_term
+    if kd and kd.gate != "none":
+        label = lambda z: jnp.take_along_axis(jax.nn.softmax(z), x["targets"][..., None], -1)[..., 0]  # noqa: E731
+        p, q = jax.lax.stop_gradient(label(logits)), label(teacher)
+        gate = jnp.where(q > p, 1.0 if kd.gate == "hard" else 2 * q / (p + q) - 1, 0.0)
+        total = gate * total + (1 - gate) * ce
+    total += coefficients.z * log_z**2
     return (x["weights"] * total).sum()
 
 
