@@ -33,8 +33,8 @@ def ordered(arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
     found: dict[tuple[str, int], None] = {}
 
     def add(arm: str, seed: int) -> None:
-        if ARMS[arm].teacher:
-            add(ARMS[arm].teacher, seed)
+        for needed in ARMS[arm].needs:
+            add(needed, seed)
         found.setdefault((arm, seed))
 
     for seed in seeds:
@@ -58,7 +58,8 @@ class Runner:
         with concurrent.futures.ThreadPoolExecutor(self._jobs) as pool:
             for arm, seed in runs:
                 # What it needs stands before it in `runs`, so that no thread waits for what has not begun.
-                futures[arm, seed] = pool.submit(self._one, arm, seed, futures.get((ARMS[arm].teacher, seed)))
+                before = [futures[needed, seed] for needed in ARMS[arm].needs]
+                futures[arm, seed] = pool.submit(self._one, arm, seed, before)
             try:
                 for future in concurrent.futures.as_completed(futures.values()):
                     future.result()
@@ -71,9 +72,9 @@ class Runner:
         found = sorted((self._out / self._tier).glob(f"*/*/{LINE}"))
         lines.rewrite(self._out / f"{self._tier}.jsonl", (json.loads(path.read_text()) for path in found))
 
-    def _one(self, arm: str, seed: int, before: concurrent.futures.Future | None) -> None:
-        if before:
-            before.result()
+    def _one(self, arm: str, seed: int, before: list[concurrent.futures.Future]) -> None:
+        for needed in before:
+            needed.result()
         workdir = workdir_of(self._out, self._tier, arm, seed)
         if not (workdir / LINE).exists():
             workdir.mkdir(parents=True, exist_ok=True)

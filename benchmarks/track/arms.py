@@ -1,7 +1,12 @@
-"""The arms of the track: what is changed from a plain run, and which other runs it needs."""
+"""The arms of the track: what is changed from a plain run, and which other runs it needs.
+
+An arm is named by what it asks: salt-fifth-0.1 is SALT by the teacher of a fifth until a tenth of the run.
+"""
 
 import pathlib
 from typing import Any, NamedTuple
+
+Changes = dict[str, Any]
 
 
 class Arm(NamedTuple):
@@ -9,78 +14,174 @@ class Arm(NamedTuple):
 
     Attributes:
       changes: fields of the config, by their dotted names.
-      model: of `Tier.helpers`; empty is the student.
+      model: of `Tier.models`.
       teacher: the arm whose run, of the same seed, is teacher.path; empty is none.
+      parent: likewise init.path.
+      length: of the run, as a multiple of 20 tokens a parameter.
+      steps_of: of `Tier.models`, whose parameters these are; empty is its own model's.
+      shuffled: whether the entries of each of the teacher's tensors are drawn anew from among themselves: a control.
     """
 
-    changes: dict[str, Any] = {}
-    model: str = ""
+    changes: Changes = {}
+    model: str = "student"
     teacher: str = ""
+    parent: str = ""
+    length: float = 1.0
+    steps_of: str = ""
+    shuffled: bool = False
+
+    @property
+    def needs(self) -> list[str]:
+        """The arms whose runs come first."""
+        return [arm for arm in (self.teacher, self.parent) if arm]
 
 
-ADAMW = {"optimizer.name": "adamw"}
-MUON = {"optimizer.name": "muon"}
+def _fields(prefix: str, **values: Any) -> Changes:
+    return {f"{prefix}.{name}": value for name, value in values.items()}
 
 
-def _kd(weight: float = 0.5, stop: float = 0.2, handover: str = "linear") -> dict[str, Any]:
-    return {f"objective.kd.{k}": v for k, v in {"weight": weight, "stop": stop, "handover": handover}.items()}
+def _optimizer(name: str, **values: Any) -> Changes:
+    return _fields("optimizer", name=name, **values)
 
 
-def _align(weight: float = 2.0, stop: float = 0.15) -> dict[str, Any]:
-    return {"objective.align.weight": weight, "objective.align.stop": stop}
+# The sweeps begin at these, and change one field after the other; the arms that are compared have what they found.
+START = {"learning_rate": 4e-3, "schedule": "cosine", "final_fraction": 0.1, "weight_decay": 0.1}
+FOUND = {"learning_rate": 8e-3, "schedule": "linear", "final_fraction": 0.0, "weight_decay": 0.0}
+MUON, ADAMW = _optimizer("muon", **FOUND), _optimizer("adamw", **FOUND)
+
+SIZES = ("tenth", "fifth", "half")
+TEACHER = "fifth"  # of the arms that do not say which
 
 
-def _rates(name: str, rates: tuple[float, ...]) -> dict[str, Arm]:
-    return {f"{name}-lr{r:g}": Arm({"optimizer.name": name, "optimizer.learning_rate": r}) for r in rates}
+def kd(weight: float = 0.5, stop: float | str = 0.1, handover: str = "linear", **fields: Any) -> Changes:
+    return _fields("objective.kd", weight=weight, stop=stop, handover=handover, **fields)
 
 
-def _tuned(name: str) -> dict[str, Arm]:
-    """One field of the optimizer at a time, at the rate 8e-3."""
-    at = {"optimizer.name": name, "optimizer.learning_rate": 8e-3}
+def align(weight: float = 2.0, stop: float | str = 0.1, **fields: Any) -> Changes:
+    return _fields("objective.align", weight=weight, stop=stop, **fields)
+
+
+def both(stop: float | str = 0.1) -> Changes:
+    return kd(stop=stop) | align(stop=stop)
+
+
+AUTO = both("auto")
+
+
+def _helped(changes: Changes, size: str = TEACHER, **fields: Any) -> Arm:
+    return Arm(MUON | changes, teacher=f"teacher-{size}", **fields)
+
+
+def _plain() -> dict[str, Arm]:
+    """The optimizers, tuned, and what less or more of the better one brings."""
+    lengths = {f"plain-x{length:g}": Arm(MUON, length=length) for length in (0.5, 0.6, 0.7, 0.8, 1.25)}
+    return {"plain": Arm(MUON), "adamw": Arm(ADAMW)} | lengths
+
+
+def _teachers() -> dict[str, Arm]:
+    budgets = {"": 1.0, "-short": 0.5, "-long": 2.0}
+    return {f"teacher-{size}{n}": Arm(MUON, size, length=length) for size in SIZES for n, length in budgets.items()}
+
+
+def _stops() -> dict[str, Arm]:
+    """Each help alone and both, by each teacher, until each of these fractions of the run."""
+    stops = {"tenth": (0.02, 0.05, 0.1), "fifth": (0.05, 0.1, 0.2, 0.4), "half": (0.1, 0.2, 0.4)}
+    helps = {"salt": lambda stop: kd(stop=stop), "let": lambda stop: align(stop=stop), "both": both}
+    return {
+        f"{name}-{size}-{stop:g}": _helped(changes(stop), size)
+        for name, changes in helps.items()
+        for size in SIZES
+        for stop in stops[size]
+    }
+
+
+def _salt() -> dict[str, Arm]:
+    """SALT's weight, hand-over and divergence; RKD, which never ends; its help by tokens."""
+    arms = {f"salt-{h}": kd(handover=h) for h in ("hard", "linear_ratio")}
+    arms |= {f"salt-hard-{stop:g}": kd(stop=stop, handover="hard") for stop in (0.2, 0.4)}
+    arms |= {f"salt-w{weight:g}": kd(weight) for weight in (0.3, 0.7, 0.9)}
+    arms |= {"rkd": kd(handover="constant"), "salt-top8": kd(top_k=8), "salt-gate": kd(gate="hard")}
+    arms |= {"salt-gate-0.4": kd(stop=0.4, gate="hard"), "salt-soft-gate-0.4": kd(stop=0.4, gate="soft")}
+    return {name: _helped(changes) for name, changes in arms.items()}
+
+
+def _let() -> dict[str, Arm]:
+    """LET's six pairings of early, middle and late states, its weight, scale and map."""
+    pairs = ("1:last", "half:last", "last:last", "1:1", "half:1", "last:1")
+    arms = {f"let-{pair.replace(':', '-')}": align(pairs=pair) for pair in pairs if pair != "half:last"}
+    arms |= {f"let-ratio{weight:g}": align(weight) for weight in (0.5, 1.0, 4.0)}
+    arms |= {"let-plain0.1": align(0.1, scale="plain"), "let-projection": align(map="projection")}
+    arms |= {"let-to-teacher": align(map="student_to_teacher"), "let-centred": align(centre=True)}
+    return {name: _helped(changes) for name, changes in arms.items()}
+
+
+def _auto() -> dict[str, Arm]:
+    """Help that ends by itself: by each teacher, by two that know nothing, at less than the whole length."""
+    arms = {"auto": _helped(AUTO), "auto-salt": _helped(kd(stop="auto")), "auto-let": _helped(align(stop="auto"))}
+    arms |= {f"auto-{size}": _helped(AUTO, size) for size in SIZES if size != TEACHER}
+    arms |= {
+        f"auto-{size}-{budget}": _helped(AUTO, f"{size}-{budget}") for size in SIZES for budget in ("short", "long")
+    }
+    arms["auto-untrained"] = _helped(AUTO | {"teacher.random": True})
+    arms["auto-shuffled"] = _helped(AUTO, shuffled=True)
+    arms["both-untrained"] = _helped(both() | {"teacher.random": True})
+    arms["both-shuffled"] = _helped(both(), shuffled=True)
+    arms |= {
+        f"auto-{size}-x{x:g}": _helped(AUTO, size, length=x) for size in ("fifth", "half") for x in (0.6, 0.7, 0.8)
+    }
+    for size in SIZES:
+        arms |= {f"auto-{size}-full{x:g}": _helped(AUTO | {"objective.auto.full": x}, size) for x in (0.25, 1.0, 2.0)}
+        arms |= {f"auto-{size}-end{x:g}": _helped(AUTO | {"objective.auto.end": x}, size) for x in (-0.25, 0.1)}
+        arms[f"auto-{size}-gate"] = _helped(AUTO | {"objective.kd.gate": "hard"}, size)
+    return arms
+
+
+def _inherited() -> dict[str, Arm]:
+    """Two thirds and a half of a model's layers, from what it has learned and from scratch, in as many steps."""
+    inherit, stack = MUON | {"init.kind": "inherit"}, MUON | {"init.kind": "stack"}
+    half = {"model": "half-depth", "steps_of": "student"}
+    return {
+        "deep": Arm(MUON, "deep", steps_of="student"),
+        "inherit": Arm(inherit, parent="deep"),
+        "inherit-half": Arm(inherit, parent="deep", **half),
+        "half-depth": Arm(MUON, **half),
+        "half-depth-x2": Arm(MUON, length=2.0, **half),
+        "plain-x2": Arm(MUON, length=2.0),
+        "two-layers": Arm(MUON, "two-layers"),
+        "stack": Arm(stack, parent="two-layers"),
+        "half-width": Arm(MUON, "half-width", steps_of="student"),
+    }
+
+
+def _adamw() -> dict[str, Arm]:
+    """The papers' own comparison is with AdamW."""
+    arms = {"salt": kd(), "let": align(), "both": both(), "auto": AUTO}
+    return {f"adamw-{name}": Arm(ADAMW | arms[name], teacher=f"teacher-{TEACHER}") for name in arms}
+
+
+def _sweeps(name: str) -> dict[str, Arm]:
+    """The optimizers' fields: the rate from 4e-3, then one at a time at 8e-3, then what was good together."""
+    start = _optimizer(name, **START)
+    arms = {f"lr{rate:g}": {"learning_rate": rate} for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)}
     one = {
         "beta0.95": {"b1": 0.95}, "beta0.98": {"b1": 0.98}, "beta2-0.95": {"b2": 0.95}, "beta2-0.99": {"b2": 0.99},
         "decay0": {"weight_decay": 0.0}, "decay0.3": {"weight_decay": 0.3}, "final0": {"final_fraction": 0.0},
         "linear0": {"schedule": "linear", "final_fraction": 0.0}, "warmup2": {"warmup_steps": 53},
         "warmup10": {"warmup_steps": 266}, "clip0": {"clip_norm": 0.0},
     }  # fmt: skip
-    one |= {
-        f"linear0-decay{decay:g}-lr{rate:g}": {
-            "schedule": "linear", "final_fraction": 0.0, "weight_decay": decay, "learning_rate": rate
-        }
+    arms |= {k: {"learning_rate": 8e-3} | changes for k, changes in one.items()}
+    arms |= {
+        f"linear0-decay{decay:g}-lr{rate:g}": FOUND | {"weight_decay": decay, "learning_rate": rate}
         for decay, rate in ((0.0, 8e-3), (0.0, 1.2e-2), (0.03, 1.2e-2), (0.03, 8e-3))
-    }  # fmt: skip
-    return {f"{name}-{k}": Arm(at | {f"optimizer.{f}": x for f, x in v.items()}) for k, v in one.items()}
-
-
-def _stops(size: str, stops: tuple[float, ...]) -> dict[str, Arm]:
-    """Each help alone and both, by a teacher of this size, until each of these fractions of the run."""
-    helps = {"salt": lambda stop: _kd(stop=stop), "let": lambda stop: _align(stop=stop)}
-    helps["both"] = lambda stop: _kd(stop=stop) | _align(stop=stop)
-    return {
-        f"{name}-{size}-{stop:g}": Arm(MUON | changes(stop), teacher=f"teacher-{size}")
-        for name, changes in helps.items()
-        for stop in stops
     }
+    return {f"{name}-{k}": Arm(start | _fields("optimizer", **changes)) for k, changes in arms.items()}
 
 
-ARMS = {
-    **{f"teacher-{size}": Arm(ADAMW, size) for size in ("tenth", "fifth", "half")},
-    "adamw": Arm(ADAMW),
-    "plain": Arm(MUON),
-    "adamw-salt": Arm(ADAMW | _kd(), teacher="teacher-fifth"),
-    "adamw-let": Arm(ADAMW | _align(), teacher="teacher-fifth"),
-    "adamw-both": Arm(ADAMW | _kd() | _align(), teacher="teacher-fifth"),
-    "salt": Arm(MUON | _kd(), teacher="teacher-fifth"),
-    "let": Arm(MUON | _align(), teacher="teacher-fifth"),
-    "both": Arm(MUON | _kd() | _align(), teacher="teacher-fifth"),
-    **_stops("tenth", (0.02, 0.05, 0.1)),
-    **_stops("fifth", (0.05, 0.1, 0.2, 0.4)),
-    **_stops("half", (0.1, 0.2, 0.4)),
-    **_rates("adamw", (2e-3, 8e-3, 1.6e-2)),
-    **_rates("muon", (2e-3, 8e-3, 1.6e-2, 3.2e-2)),
-    **_tuned("adamw"),
-    **_tuned("muon"),
-}
+ARMS: dict[str, Arm] = {
+    **_plain(), **_teachers(), "salt": _helped(kd()), "let": _helped(align()), "both": _helped(both()),
+    **_stops(), **_salt(), **_let(), **_auto(), **_inherited(), **_adamw(), **_sweeps("adamw"), **_sweeps("muon"),
+}  # fmt: skip
+NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order
 
 LINE = "line.json"  # in the workdir of a run that is finished: what came out of it
 

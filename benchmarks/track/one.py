@@ -10,6 +10,7 @@ if __name__ == "__main__":  # before jax counts the cores
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(sys.argv[5])})
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -18,11 +19,12 @@ import sys
 import threading
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
-from benchmarks.track.arms import ARMS, LINE, workdir_of
+from benchmarks.track.arms import ARMS, LINE, NEEDED, workdir_of
 from benchmarks.track.setting import TIERS, Tier, recipe
-from lmboost import checkpoint, config, evaluate, places
+from lmboost import checkpoint, config, evaluate, places, sharding, standalone
 from lmboost.run import goodput, metrics
 from lmboost.train import train
 
@@ -37,12 +39,16 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     steps and their compilation; "curve" has (step, validation loss, FLOPs) of each evaluation on the way.
     """
     arm, data, workdir = ARMS[name], out / "data", str(workdir_of(out, tier.name, name, seed))
-    model = tier.helpers[arm.model] if arm.model else tier.student
-    c = recipe(tier, model)
+    model = tier.models[arm.model]
+    c = recipe(tier, model, tier.steps_of(tier.models[arm.steps_of or arm.model], arm.length))
     c.update_from_flattened_dict(arm.changes)
-    c.seed, c.data.train = seed + (HELPER_SEEDS if arm.model else 0), str(data / "train")
+    c.seed, c.data.train = seed + (HELPER_SEEDS if name in NEEDED else 0), str(data / "train")
     if arm.teacher:
         c.teacher.path = str(workdir_of(out, tier.name, arm.teacher, seed))
+    if arm.shuffled:
+        c.teacher.path = shuffled(c.teacher.path, f"{workdir}/teacher", seed)
+    if arm.parent:
+        c.init.path = str(workdir_of(out, tier.name, arm.parent, seed))
     train(c, workdir)
     asked = {
         loss: evaluate.evaluate(workdir, str(data / of), -1, tier.final_batches, tier.batch_size)["val_loss"]
@@ -51,7 +57,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     evaluations = [line for line in metrics.read(workdir) if line.get("val_loss") is not None]
     spent, manifest = goodput.read(workdir).seconds, checkpoint.Run(workdir).manifest()
     return {
-        "tier": tier.name, "arm": name, "seed": seed, "teacher": arm.teacher, "steps": c.steps,
+        "tier": tier.name, "arm": name, "seed": seed, "teacher": arm.teacher, "parent": arm.parent, "steps": c.steps,
         "parameters": model.num_params(), **asked, "flops": evaluations[-1]["flops"],
         "seconds": spent["step"] + spent["compile"],
         "curve": [[line["step"], line["val_loss"], line["flops"]] for line in evaluations],
@@ -63,8 +69,22 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
 def _changed(c: ConfigDict) -> dict[str, Any]:
     """The fields that are not as in config.base(), but for the model, which has a place of its own, and for paths."""
     base = config.flatten(config.base())
-    apart = ("model.", "data.train", "teacher.path")
+    apart = ("model.", "data.train", "teacher.path", "init.path")
     return {k: v for k, v in config.flatten(c).items() if v != base[k] and not k.startswith(apart)}
+
+
+def shuffled(teacher: str, out: str, seed: int) -> str:
+    """A model whose tensors have the teacher's entries in another order: as large, and nothing of what it learned."""
+    if not pathlib.Path(out).exists():
+        saved = checkpoint.Saved.find(teacher)
+        params = saved.load(sharding.make_mesh(), "float32")
+        keys = jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params)))
+        keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+        params = jax.tree.map(lambda x, k: jax.random.permutation(k, x.ravel()).reshape(x.shape), params, keys)
+        manifest = {**saved.manifest, "model": dataclasses.asdict(saved.model)}
+        with standalone.whole(pathlib.Path(out)) as partial:
+            checkpoint.save_params(partial, params, manifest)
+    return out
 
 
 def _end_with_runner() -> None:

@@ -19,11 +19,10 @@ def decoder(layers: int, width: int, heads: int, mlp: int) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Tier:
-    """A student at 20 tokens a parameter, and the models that help it, by their names."""
+    """Models by their names: the student, at 20 tokens a parameter, and others that help it."""
 
     name: str
-    student: ModelConfig
-    helpers: dict[str, ModelConfig]
+    models: dict[str, ModelConfig]
     batch_size: int = 8
     seq_len: int = 128
     accumulation: int = 2  # the same step, faster on a core whose cache it then fits into
@@ -31,25 +30,48 @@ class Tier:
     validation_batches: int = 48  # of each of them
     final_batches: int = 256  # of each text that is asked about at the end
 
-    def steps_of(self, model: ModelConfig) -> int:
-        """Those in which a model sees 20 tokens a parameter, as a multiple of the evaluations."""
-        return round(20 * model.num_params() / (self.batch_size * self.seq_len * self.evaluations)) * self.evaluations
+    @property
+    def student(self) -> ModelConfig:
+        return self.models["student"]
+
+    def steps_of(self, model: ModelConfig, length: float = 1.0) -> int:
+        """Those in which a model sees 20 tokens a parameter, times `length`, as a multiple of the evaluations."""
+        tokens = 20 * length * model.num_params()
+        return round(tokens / (self.batch_size * self.seq_len * self.evaluations)) * self.evaluations
 
 
 NANO = Tier(
-    "nano", decoder(4, 48, 3, 128), {"tenth": decoder(1, 16, 2, 40), "fifth": decoder(2, 24, 3, 64),
-    "half": decoder(3, 40, 5, 104)},
-)  # fmt: skip
+    "nano",
+    {
+        "student": decoder(4, 48, 3, 128),
+        "tenth": decoder(1, 16, 2, 40),
+        "fifth": decoder(2, 24, 3, 64),
+        "half": decoder(3, 40, 5, 104),
+        "deep": decoder(6, 48, 3, 128),
+        "half-depth": decoder(3, 48, 3, 128),
+        "two-layers": decoder(2, 48, 3, 128),
+        "half-width": decoder(6, 24, 3, 64),
+    },
+)
 MICRO = Tier(
-    "micro", decoder(6, 72, 3, 192), {"tenth": decoder(1, 32, 2, 88), "fifth": decoder(3, 40, 5, 104),
-    "half": decoder(4, 56, 7, 152)},
-)  # fmt: skip
+    "micro",
+    {
+        "student": decoder(6, 72, 3, 192),
+        "tenth": decoder(1, 32, 2, 88),
+        "fifth": decoder(3, 40, 5, 104),
+        "half": decoder(4, 56, 7, 152),
+        "deep": decoder(9, 72, 3, 192),
+        "half-depth": decoder(5, 72, 3, 192),
+        "two-layers": decoder(3, 72, 3, 192),
+        "half-width": decoder(9, 36, 3, 96),
+    },
+)
 TIERS = {tier.name: tier for tier in (NANO, MICRO)}
 
 
-def recipe(tier: Tier, model: ModelConfig) -> ConfigDict:
-    """A plain run of a model of the tier, at 20 tokens a parameter."""
-    c, steps = config.base(), tier.steps_of(model)
+def recipe(tier: Tier, model: ModelConfig, steps: int) -> ConfigDict:
+    """A plain run of a model of the tier."""
+    c = config.base()
     c.steps, c.batch_size, c.seq_len, c.accumulation = steps, tier.batch_size, tier.seq_len, tier.accumulation
     c.objective.block_tokens = tier.batch_size * tier.seq_len // tier.accumulation
     c.model = config.model(model)
