@@ -98,6 +98,7 @@ def compile_phases(
     c: ConfigDict, run: plan.Plan, mesh: Mesh, chip: str, log: str, only_first: bool = False
 ) -> Iterator[dict]:
     """Compiles the step of each phase and yields what there is to say of it, as plain values; sizes in bytes."""
+    run = run.ended(run.steps - 2)  # of help that ends by itself, whenever that is: the last step is one after it
     models = [run.student] + ([run.teacher.model] if run.teacher else [])
     for span in run.spans[: 1 if only_first else None]:
         first, end, helps = span

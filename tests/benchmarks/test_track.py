@@ -1,0 +1,118 @@
+"""The track: its arms are what the trainer takes, a run of it is a run, and its table says no more than its lines."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from benchmarks.track import arms, one, report
+from benchmarks.track.__main__ import ordered
+from benchmarks.track.setting import NANO, TIERS, decoder, recipe
+from lmboost import checkpoint, plan
+from lmboost.errors import UserError
+from lmboost.models.model_config import ModelConfig
+from lmboost.teacher import Helper
+from tests import runs
+from tests.compare import losses
+
+TINY = dataclasses.replace(
+    NANO, models={name: decoder(1, 8, 1, 8) for name in NANO.models}, evaluations=2, validation_batches=2,
+    final_batches=2, batch_size=16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_every_arm_is_a_plan(tier):
+    tier = TIERS[tier]
+    for name, arm in arms.ARMS.items():
+        c = recipe(tier, tier.models[arm.model], tier.steps_of(tier.models[arm.steps_of or arm.model], arm.length))
+        c.update_from_flattened_dict(arm.changes)
+        plan.check_numbers(c, 1)
+        helper = arm.teacher and Helper(None, tier.models[arms.ARMS[arm.teacher].model])
+        made = plan.outline(c, ModelConfig(**c.model), helper or None, helper or None)
+        assert bool(made.spans[0].helps) == bool(arm.teacher), name
+        assert bool(arm.parent) == (c.init.kind != "copy"), name
+
+
+def test_what_an_arm_needs_comes_first_and_once():
+    found = ordered(["inherit", "auto", "plain", "salt"], [0, 1])
+    assert len(found) == len(set(found)) == 12
+    for arm, seed in found:
+        for needed in arms.ARMS[arm].needs:
+            assert found.index((needed, seed)) < found.index((arm, seed))
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A place for runs of the track, with the same text for training and as both other texts."""
+    out = tmp_path_factory.mktemp("track")
+    (out / "data").mkdir()
+    made = runs.write_data(out, tokenizer="train:320")
+    for name in ("train", "bible", "javascript"):
+        (out / "data" / name).symlink_to(made)
+    return out
+
+
+def test_a_run_of_the_track(out):
+    teacher = one.run(TINY, "teacher-fifth", 3, out)
+    line = one.run(TINY, "auto", 3, out)
+    workdir = arms.workdir_of(out, "nano", "auto", 3)
+    assert line["curve"] == [[s, x, f] for (s, x), f in zip(
+        losses(workdir, "val_loss").items(), [line["curve"][0][2], line["flops"]], strict=True)]  # fmt: skip
+    assert line["steps"] == TINY.steps_of(TINY.student) and line["config"]["objective.kd.stop"] == "auto"
+    assert line["teacher"] == "teacher-fifth" and teacher["config"]["seed"] == 3 + one.HELPER_SEEDS
+    assert line["flops"] > teacher["flops"] and line["final"] == pytest.approx(line["bible"])
+    assert json.loads(json.dumps(line)) == line
+
+
+def test_a_shuffled_teacher_has_the_same_numbers_elsewhere(out):
+    one.run(TINY, "teacher-fifth", 3, out)
+    source = str(arms.workdir_of(out, "nano", "teacher-fifth", 3))
+    path = one.shuffled(source, str(out / "shuffled"), 0)
+    import jax
+
+    from lmboost import sharding
+
+    a, b = (checkpoint.Saved.find(p).load(sharding.make_mesh(), "float32") for p in (source, path))
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert np.array_equal(np.sort(x, None), np.sort(y, None)) and (np.ptp(x) == 0 or not np.array_equal(x, y))
+
+
+def lines_of(**finals):
+    """Lines of arms whose curves fall from 4 to their ends in four evaluations."""
+    return [
+        {
+            "arm": arm, "seed": seed, "data": {}, "steps": 4, "flops": 8.0, "final": end, "bible": end,
+            "javascript": end, "curve": [[i + 1, 4 - (4 - end) * (i + 1) / 4, 2.0 * (i + 1)] for i in range(4)],
+        }
+        for arm, ends in finals.items() for seed, end in enumerate(ends)
+    ]  # fmt: skip
+
+
+def write(path: pathlib.Path, lines) -> pathlib.Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_the_table_calls_nothing_better_that_is_noise(tmp_path):
+    lines = lines_of(plain=[2.0, 2.1, 2.2], salt=[1.0, 1.1, 1.2], let=[2.0, 2.1], both=[2.3], auto=[2.05])
+    rows = {row.arm: row for row in report.compare(report.read(write(tmp_path / "nano.jsonl", lines)))}
+    assert rows["plain"].steps == rows["plain"].flops == 1
+    assert rows["salt"].p < 0.01 and rows["salt"].difference == pytest.approx(-1)
+    # Its mean curve falls from 4 to 1.1, and plain's end is 2.1.
+    assert rows["salt"].steps == pytest.approx((4 - 2.1) / (4 - 1.1), rel=1e-6)
+    assert rows["let"].steps is None and rows["auto"].steps is None and rows["auto"].p > 0.5
+    assert rows["both"].steps is None
+    report.main([str(tmp_path / "nano.jsonl")], str(tmp_path))
+    assert "| salt | 3 | 1.1000 | 0.1000 | -1.0000 |" in (tmp_path / "nano.md").read_text()
+    assert (tmp_path / "nano.png").stat().st_size > 10_000
+
+
+def test_lines_of_several_data_sets_are_not_compared(tmp_path):
+    lines = lines_of(plain=[2.0, 2.1])
+    lines[0]["data"] = {"train": "another"}
+    with pytest.raises(UserError, match="lines of 2 data sets"):
+        report.read(write(tmp_path / "nano.jsonl", lines))
