@@ -232,7 +232,8 @@ class Checkpointer:
 
 def split(state: TrainState) -> dict[str, Any]:
     """The items "params" and "training" of a checkpoint: the model's parameters, and what else the run changes."""
-    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    rest = {name: x for name, x in fields.items() if x is not None}  # a watch, where no help ends by itself
     learned = dict(rest.pop("params"))
     return {"params": learned.pop("model"), "training": rest | learned}
 
