@@ -172,7 +172,7 @@ def _sweeps(name: str) -> dict[str, Arm]:
     arms |= {k: {"learning_rate": 8e-3} | changes for k, changes in one.items()}
     arms |= {
         f"linear0-decay{decay:g}-lr{rate:g}": FOUND | {"weight_decay": decay, "learning_rate": rate}
-        for decay, rate in ((0.0, 8e-3), (0.0, 1.2e-2), (0.03, 1.2e-2), (0.03, 8e-3))
+        for decay, rate in ((0.0, 4e-3), (0.0, 8e-3), (0.0, 1.2e-2), (0.03, 1.2e-2), (0.03, 4e-3), (0.03, 8e-3))
     }
     return {f"{name}-{k}": Arm(start | _fields("optimizer", **changes)) for k, changes in arms.items()}
 
