@@ -19,6 +19,8 @@ class Arm(NamedTuple):
       parent: likewise init.path.
       length: of the run, as a multiple of 20 tokens a parameter.
       steps_of: of `Tier.models`, whose parameters these are; empty is its own model's.
+      search: whether it searches a cut of the parent instead of training.
+      winner: the arm whose search found the run's model, and its start unless `fresh`.
       shuffled: whether the entries of each of the teacher's tensors are drawn anew from among themselves: a control.
     """
 
@@ -28,12 +30,15 @@ class Arm(NamedTuple):
     parent: str = ""
     length: float = 1.0
     steps_of: str = ""
+    search: bool = False
+    winner: str = ""
+    fresh: bool = False
     shuffled: bool = False
 
     @property
     def needs(self) -> list[str]:
         """The arms whose runs come first."""
-        return [arm for arm in (self.teacher, self.parent) if arm]
+        return [arm for arm in (self.teacher, self.parent, self.winner) if arm]
 
 
 def _fields(prefix: str, **values: Any) -> Changes:
@@ -153,6 +158,31 @@ def _inherited() -> dict[str, Arm]:
     }
 
 
+def _cuts() -> dict[str, Arm]:
+    """A large model cut down to the student's size, by search or by its first entries; and the same from scratch.
+
+    Each with and without distillation from the large one, with 2 and with 20 tokens a parameter. The large one has as
+    many steps as the student.
+    """
+    large = {"large": Arm(MUON, "large", steps_of="student")}
+    search = {"search": Arm(MUON, parent="large", search=True)}
+    distilled = kd(0.7, 1.0, "constant", ce_weight=0.3, temperature=0.9, temperature_on="both")
+    starts = {
+        "cut": {"winner": "search"},
+        "cut-first": {"model": "first", "parent": "large"},
+        "cut-shape": {"winner": "search", "fresh": True},
+        "small": {},
+    }
+    return large | search | {
+        f"{name}{'-kd' if teacher else ''}{'-short' if length < 1 else ''}": Arm(
+            MUON | (distilled if teacher else {}) | ({"init.kind": "subnet"} if name == "cut-first" else {}),
+            teacher=teacher, length=length, steps_of="student", **start,
+        )
+        for name, start in starts.items() for teacher in ("", "large") for length in (0.1, 1.0)
+        if name != "small" or teacher or length < 1
+    }  # fmt: skip
+
+
 def _adamw() -> dict[str, Arm]:
     """The papers' own comparison is with AdamW."""
     arms = {"salt": kd(), "let": align(), "both": both(), "auto": AUTO}
@@ -179,7 +209,8 @@ def _sweeps(name: str) -> dict[str, Arm]:
 
 ARMS: dict[str, Arm] = {
     **_plain(), **_teachers(), "salt": _helped(kd()), "let": _helped(align()), "both": _helped(both()),
-    **_stops(), **_salt(), **_let(), **_auto(), **_inherited(), **_adamw(), **_sweeps("adamw"), **_sweeps("muon"),
+    **_stops(), **_salt(), **_let(), **_auto(), **_inherited(), **_cuts(), **_adamw(),
+    **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
 NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order
 

@@ -17,6 +17,7 @@ import pathlib
 import subprocess
 import sys
 import threading
+import time
 from typing import Any
 
 import jax
@@ -24,8 +25,10 @@ from ml_collections import ConfigDict
 
 from benchmarks.track.arms import ARMS, LINE, NEEDED, workdir_of
 from benchmarks.track.setting import TIERS, Tier, recipe
-from lmboost import checkpoint, config, evaluate, places, sharding, standalone
+from lmboost import checkpoint, config, evaluate, flops, places, sharding, standalone
+from lmboost.models.model_config import ModelConfig
 from lmboost.run import goodput, metrics
+from lmboost.search import job
 from lmboost.train import train
 
 ASKED = {"final": "train", "bible": "bible", "javascript": "javascript"}  # name of the loss: data of `texts.make`
@@ -49,6 +52,12 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
         c.teacher.path = shuffled(c.teacher.path, f"{workdir}/teacher", seed)
     if arm.parent:
         c.init.path = str(workdir_of(out, tier.name, arm.parent, seed))
+    if arm.search:
+        return _search(tier, name, c, workdir)
+    if arm.winner:
+        found = config.load_recipe(f"{workdir_of(out, tier.name, arm.winner, seed)}/winner.py")
+        c.model, model = found.model, ModelConfig(**found.model)
+        c.init.update({} if arm.fresh else found.init)
     train(c, workdir)
     asked = {
         loss: evaluate.evaluate(workdir, str(data / of), -1, tier.final_batches, tier.batch_size)["val_loss"]
@@ -63,6 +72,18 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
         "curve": [[line["step"], line["val_loss"], line["flops"]] for line in evaluations],
         "config": _changed(c), "model": manifest["model"], "data": manifest["data"], "versions": manifest["versions"],
         "devices": manifest["devices"],
+    }  # fmt: skip
+
+
+def _search(tier: Tier, name: str, c: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Searches, and returns a line whose loss is that of the best cut before it is trained."""
+    c.search.update({**tier.search, "candidates": 384, "population": 16, "elites": 4, "rows": 64, "batch": 1})
+    began = time.monotonic()
+    _, loss = job.search(c, workdir)
+    cost = flops.forward_flops(tier.models["large"], c.seq_len) * c.search.candidates * c.search.rows * c.seq_len
+    return {
+        "tier": tier.name, "arm": name, "seed": c.seed, "parent": ARMS[name].parent, "final": loss, "flops": cost,
+        "seconds": time.monotonic() - began, "config": _changed(c), "versions": checkpoint.versions(),
     }  # fmt: skip
 
 

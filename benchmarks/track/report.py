@@ -57,7 +57,7 @@ class Compared(NamedTuple):
 
 def read(path: pathlib.Path) -> dict[str, list[Line]]:
     """The lines of a tier by their arms. Raises a UserError where they are of several data sets."""
-    found = [json.loads(text) for text in path.read_text().splitlines()]
+    found = [line for line in map(json.loads, path.read_text().splitlines()) if "curve" in line]
     if len(kinds := {json.dumps(line["data"], sort_keys=True) for line in found}) > 1:
         raise UserError(f"{path} has lines of {len(kinds)} data sets: their losses cannot be compared.")
     arms = defaultdict(list)

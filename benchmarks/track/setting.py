@@ -8,12 +8,12 @@ from lmboost import config
 from lmboost.models.model_config import ModelConfig
 
 
-def decoder(layers: int, width: int, heads: int, mlp: int) -> ModelConfig:
+def decoder(layers: int, width: int, heads: int, mlp: int, head_dim: int = 0) -> ModelConfig:
     """A small Llama with query and key norms, for rows of 128 tokens out of 512."""
     return ModelConfig(
         vocab_size=512, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads,
-        head_dim=width // heads, mlp_dim=mlp, max_seq_len=128, qk_norm="head", tie_embeddings=True, dtype="float32",
-        remat="none",
+        head_dim=head_dim or width // heads, mlp_dim=mlp, max_seq_len=128, qk_norm="head", tie_embeddings=True,
+        dtype="float32", remat="none",
     )  # fmt: skip
 
 
@@ -23,6 +23,7 @@ class Tier:
 
     name: str
     models: dict[str, ModelConfig]
+    search: dict[str, str]  # of a cut of "large" that has about the student's parameters
     batch_size: int = 8
     seq_len: int = 128
     accumulation: int = 2  # the same step, faster on a core whose cache it then fits into
@@ -51,6 +52,16 @@ NANO = Tier(
         "half-depth": decoder(3, 48, 3, 128),
         "two-layers": decoder(2, 48, 3, 128),
         "half-width": decoder(6, 24, 3, 64),
+        "large": decoder(6, 72, 3, 192),
+        "first": decoder(4, 48, 3, 144, head_dim=12),
+    },
+    {
+        "params": "129k-142k",
+        "layers": "3-6",
+        "d_model": "32-72:8",
+        "num_kv_heads": "1-3",
+        "head_dim": "12,24",
+        "mlp_dim": "64-192:32",
     },
 )
 MICRO = Tier(
@@ -64,6 +75,16 @@ MICRO = Tier(
         "half-depth": decoder(5, 72, 3, 192),
         "two-layers": decoder(3, 72, 3, 192),
         "half-width": decoder(9, 36, 3, 96),
+        "large": decoder(8, 108, 3, 288),
+        "first": decoder(6, 72, 3, 216, head_dim=18),
+    },
+    {
+        "params": "391k-432k",
+        "layers": "4-8",
+        "d_model": "48-108:12",
+        "num_kv_heads": "1-3",
+        "head_dim": "18,36",
+        "mlp_dim": "96-288:48",
     },
 )
 TIERS = {tier.name: tier for tier in (NANO, MICRO)}
