@@ -23,6 +23,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from benchmarks.track import copying
 from benchmarks.track.arms import ARMS, LINE, NEEDED, workdir_of
 from benchmarks.track.setting import TIERS, Tier, recipe
 from lmboost import checkpoint, config, evaluate, flops, places, sharding, standalone
@@ -38,8 +39,9 @@ HELPER_SEEDS = 1000  # above the student's: a helper has not read the student's 
 def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     """Trains an arm to its end and returns its line.
 
-    Losses are in nats per token, "flops" are those of training with the helpers' forward passes, "seconds" those of
-    steps and their compilation; "curve" has (step, validation loss, FLOPs) of each evaluation on the way.
+    Losses are in nats per token, "copying" is that of `copying.measure`, "flops" are those of training with the
+    helpers' forward passes, "seconds" those of steps and their compilation; "curve" has (step, validation loss, FLOPs)
+    of each evaluation on the way.
     """
     arm, data, workdir = ARMS[name], out / "data", str(workdir_of(out, tier.name, name, seed))
     model = tier.models[arm.model]
@@ -67,7 +69,8 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     spent, manifest = goodput.read(workdir).seconds, checkpoint.Run(workdir).manifest()
     return {
         "tier": tier.name, "arm": name, "seed": seed, "teacher": arm.teacher, "parent": arm.parent, "steps": c.steps,
-        "parameters": model.num_params(), **asked, "flops": evaluations[-1]["flops"],
+        "parameters": model.num_params(), **asked, "copying": copying.measure(workdir, tier.final_batches, c.seq_len),
+        "flops": evaluations[-1]["flops"],
         "seconds": spent["step"] + spent["compile"],
         "curve": [[line["step"], line["val_loss"], line["flops"]] for line in evaluations],
         "config": _changed(c), "model": manifest["model"], "data": manifest["data"], "versions": manifest["versions"],

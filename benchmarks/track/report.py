@@ -129,17 +129,17 @@ def table(rows: list[Compared], arms: dict[str, list[Line]]) -> str:
     """The rows as Markdown."""
     head = (
         "arm", "n", "loss", "sd", "against plain", "p", "FLOPs spent", "steps to plain's end", "FLOPs to plain's end",
-        "and the helper's training", "pays from", "Bible", "JavaScript",
+        "and the helper's training", "pays from", "Bible", "JavaScript", "copying",
     )  # fmt: skip
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         sd = row.losses.std(ddof=1) if len(row.losses) > 1 else None
-        others = [np.mean([line[name] for line in arms[row.arm]]) for name in ("bible", "javascript")]
+        others = [[line.get(name, np.nan) for line in arms[row.arm]] for name in ("bible", "javascript", "copying")]
         cells = [
             row.arm, str(len(row.losses)), f"{row.losses.mean():.4f}", _number(sd, ".4f"), f"{row.difference:+.4f}",
             _number(row.p, ".2g"), f"{row.spent:.2f}", _number(row.steps, ".2f"), _number(row.flops, ".2f"),
             _number(row.flops and row.flops + row.teacher, ".2f"), _number(row.students, ".1f"),
-            *(f"{x:.3f}" for x in others),
+            *(_number(np.mean(x), ".3f") for x in others),
         ]  # fmt: skip
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks.track import arms, one, report
+from benchmarks.track import arms, copying, one, report
 from benchmarks.track.__main__ import ordered
 from benchmarks.track.setting import NANO, TIERS, decoder, recipe
 from lmboost import checkpoint, plan
@@ -64,7 +64,17 @@ def test_a_run_of_the_track(out):
     assert line["steps"] == TINY.steps_of(TINY.student) and line["config"]["objective.kd.stop"] == "auto"
     assert line["teacher"] == "teacher-fifth" and teacher["config"]["seed"] == 3 + one.HELPER_SEEDS
     assert line["flops"] > teacher["flops"] and line["final"] == pytest.approx(line["bible"])
-    assert json.loads(json.dumps(line)) == line
+    assert json.loads(json.dumps(line)) == line and abs(line["copying"]) < 1
+
+
+def test_only_what_was_read_before_counts_as_read():
+    """A model that puts all on the token `half` places ago has no loss on the second half, and much on the first."""
+    for again in (True, False):
+        batch = copying.batch(TINY.student, 4, 16, again)
+        known = np.roll(batch["tokens"], 7, 1) == batch["targets"]  # what follows the same token 8 places ago
+        weights = batch["weights"] > 0
+        assert weights.sum() == 4 * 7 and (known[weights].all() if again else not known[weights].all())
+        assert (batch["targets"][:, :-1] == batch["tokens"][:, 1:]).all()
 
 
 def test_a_shuffled_teacher_has_the_same_numbers_elsewhere(out):
