@@ -69,7 +69,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     spent, manifest = goodput.read(workdir).seconds, checkpoint.Run(workdir).manifest()
     return {
         "tier": tier.name, "arm": name, "seed": seed, "teacher": arm.teacher, "parent": arm.parent, "steps": c.steps,
-        "parameters": model.num_params(), **asked, "copying": copying.measure(workdir, tier.final_batches, c.seq_len),
+        "parameters": model.num_params(), **asked, "copying": copying.measure(workdir, 32 * tier.batch_size, c.seq_len),
         "flops": evaluations[-1]["flops"],
         "seconds": spent["step"] + spent["compile"],
         "curve": [[line["step"], line["val_loss"], line["flops"]] for line in evaluations],
