@@ -68,7 +68,7 @@ def test_a_run_of_the_track(out):
 
 
 def test_only_what_was_read_before_counts_as_read():
-    """Where the second half is asked about, what follows has followed the same tokens before; in the first nothing has."""
+    """What follows in the second half has followed the same tokens before; of the first half nothing is known."""
     for again in (True, False):
         batch = copying.batch(TINY.student, 4, 16, again)
         known, weights = batch["tokens"][:, :-7] == batch["targets"][:, 7:], batch["weights"] > 0
