@@ -52,7 +52,7 @@ def _optimizer(name: str, **values: Any) -> Changes:
 # The sweeps begin at these, and change one field after the other; the arms that are compared have what they found.
 START = {"learning_rate": 4e-3, "schedule": "cosine", "final_fraction": 0.1, "weight_decay": 0.1}
 FOUND = {"learning_rate": 8e-3, "schedule": "linear", "final_fraction": 0.0, "weight_decay": 0.0}
-MUON, ADAMW = _optimizer("muon", **FOUND), _optimizer("adamw", **FOUND, b2=0.99)
+MUON, ADAMW = _optimizer("muon", **FOUND), _optimizer("adamw", **FOUND | {"learning_rate": 4e-3})
 
 SIZES = ("tenth", "fifth", "half")
 TEACHER = "fifth"  # of the arms that do not say which
