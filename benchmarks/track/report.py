@@ -27,32 +27,31 @@ Line = dict[str, Any]
 
 
 class Compared(NamedTuple):
-    """An arm against the plain runs of the same length, or of the whole one.
+    """An arm against the plain runs of its seeds.
 
     Attributes:
       losses: final ones, one a run.
-      difference: of the means, in nats a token; below 0 the arm is better.
-      p: two-sided, of Welch's t-test; None with fewer than two runs on a side. With one run on this side alone, it is
-        the probability of a plain run that far off.
+      differences: of those from plain's, seed by seed, in nats a token; below 0 the arm is better.
+      p: two-sided, of a paired t-test; None where nothing says how far pairs lie apart.
       steps, flops: share of the plain runs' at which the mean validation loss is that of the plain runs' end; None
         where it is not reached, or where the end is no better than chance.
-      teacher: FLOPs of the training of the helpers that it needs, as a share of the plain run's.
+      spent: FLOPs of the whole run, as a share of the plain run's.
+      training: FLOPs of the training of the models that it needs, likewise.
     """
 
     arm: str
     losses: np.ndarray
-    difference: float
+    differences: np.ndarray
     p: float | None
     steps: float | None
     flops: float | None
     spent: float
-    teacher: float
-    line: Line
+    training: float
 
     @property
     def students(self) -> float | None:
-        """For how many students the helpers must serve until their training is paid."""
-        return self.teacher / (1 - self.flops) if self.flops and self.flops < 1 else None
+        """For how many students the other models must serve until their training is paid."""
+        return self.training / (1 - self.flops) if self.flops and self.flops < 1 else None
 
 
 def read(path: pathlib.Path) -> dict[str, list[Line]]:
@@ -68,16 +67,19 @@ def read(path: pathlib.Path) -> dict[str, list[Line]]:
     return arms
 
 
-def difference(losses: np.ndarray, plain: np.ndarray) -> tuple[float, float | None]:
-    """(difference of the means, p); see `Compared`."""
-    if len(plain) < 2:
-        return losses.mean() - plain.mean(), None
-    if len(losses) > 1:
-        return losses.mean() - plain.mean(), float(stats.ttest_ind(losses, plain, equal_var=False).pvalue)
-    spread = plain.std(ddof=1) * np.sqrt(1 + 1 / len(plain))
-    return losses.mean() - plain.mean(), float(
-        2 * stats.t.sf(abs(losses.mean() - plain.mean()) / spread, len(plain) - 1)
-    )
+def spread(differences: Iterable[np.ndarray]) -> float | None:
+    """The standard deviation of paired differences, pooled over the helped arms that have at least three."""
+    several = [x for x in differences if len(x) > 2]
+    if not several:
+        return None
+    return float(np.sqrt(np.average([np.var(x, ddof=1) for x in several], weights=[len(x) - 1 for x in several])))
+
+
+def chance(differences: np.ndarray, pooled: float | None) -> float | None:
+    """The two-sided p of a mean difference; see `Compared`. `pooled` is the spread, for a single one."""
+    if len(differences) > 1:
+        return float(stats.ttest_1samp(differences, 0.0).pvalue)
+    return float(2 * stats.norm.sf(abs(differences[0]) / pooled)) if pooled else None
 
 
 def curve(lines: Iterable[Line], column: int) -> np.ndarray:
@@ -95,24 +97,28 @@ def crossing(x: np.ndarray, loss: np.ndarray, target: float) -> float | None:
 
 
 def compare(arms: dict[str, list[Line]]) -> list[Compared]:
-    """Every arm of the student against the plain runs, in the order of arms.py."""
-    plain, rows = arms[BASELINE], []
-    final = np.array([line["final"] for line in plain])
-    target, length, cost = curve(plain, 1)[-1], plain[0]["steps"], plain[0]["flops"]
-    for arm in sorted(arms, key=list(ARMS).index):
-        lines = arms[arm]
-        losses = np.array([line["final"] for line in lines])
-        delta, p = difference(losses, final) if arm != BASELINE else (0.0, None)
-        better = delta < 0 and (p is None or p < CHANCE) or arm == BASELINE
-        loss = curve(lines, 1)
-        reached = [crossing(curve(lines, column), loss, target) if better else None for column in (0, 2)]
-        rows.append(
-            Compared(
-                arm, losses, delta, p, *(r and r / whole for r, whole in zip(reached, (length, cost), strict=True)),
-                lines[0]["flops"] / cost, sum(_training(arms, needed) for needed in ARMS[arm].needs) / cost, lines[0],
-            )
-        )  # fmt: skip
-    return rows
+    """Every arm that has seeds with the plain runs, in the order of arms.py."""
+    plain = {line["seed"]: line for line in arms[BASELINE]}
+    pairs = {arm: [x for x in arms[arm] if x["seed"] in plain] for arm in sorted(arms, key=list(ARMS).index)}
+    pairs = {arm: lines for arm, lines in pairs.items() if lines}
+    apart = {arm: np.array([x["final"] - plain[x["seed"]]["final"] for x in lines]) for arm, lines in pairs.items()}
+    pooled = spread(x for arm, x in apart.items() if ARMS[arm].teacher)
+    return [
+        _row(arm, lines, [plain[x["seed"]] for x in lines], apart[arm], pooled, arms) for arm, lines in pairs.items()
+    ]
+
+
+def _row(arm: str, lines: list[Line], plain: list[Line], apart: np.ndarray, pooled: float | None, arms) -> Compared:
+    p = chance(apart, pooled) if arm != BASELINE else None
+    better = arm == BASELINE or apart.mean() < 0 and (p is None or p < CHANCE)
+    target, whole = curve(plain, 1)[-1], (plain[0]["steps"], plain[0]["flops"])
+    reached = [crossing(curve(lines, column), curve(lines, 1), target) if better else None for column in (0, 2)]
+    shares = [x and x / all_of_it for x, all_of_it in zip(reached, whole, strict=True)]
+    training = sum(_training(arms, needed) for needed in ARMS[arm].needs)
+    losses = np.array([line["final"] for line in lines])
+    return Compared(
+        arm, losses, apart, p, *shares, np.mean([line["flops"] for line in lines]) / whole[1], training / whole[1]
+    )
 
 
 def _training(arms: dict[str, list[Line]], arm: str) -> float:
@@ -128,17 +134,17 @@ def _number(x: float | None, form: str) -> str:
 def table(rows: list[Compared], arms: dict[str, list[Line]]) -> str:
     """The rows as Markdown."""
     head = (
-        "arm", "n", "loss", "sd", "against plain", "p", "FLOPs spent", "steps to plain's end", "FLOPs to plain's end",
+        "arm", "n", "loss", "against plain", "sd", "p", "FLOPs spent", "steps to plain's end", "FLOPs to plain's end",
         "and the helper's training", "pays from", "Bible", "JavaScript", "copying",
     )  # fmt: skip
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
-        sd = row.losses.std(ddof=1) if len(row.losses) > 1 else None
+        sd = row.differences.std(ddof=1) if len(row.losses) > 1 else None
         others = [[line.get(name, np.nan) for line in arms[row.arm]] for name in ("bible", "javascript", "copying")]
         cells = [
-            row.arm, str(len(row.losses)), f"{row.losses.mean():.4f}", _number(sd, ".4f"), f"{row.difference:+.4f}",
-            _number(row.p, ".2g"), f"{row.spent:.2f}", _number(row.steps, ".2f"), _number(row.flops, ".2f"),
-            _number(row.flops and row.flops + row.teacher, ".2f"), _number(row.students, ".1f"),
+            row.arm, str(len(row.losses)), f"{row.losses.mean():.4f}", f"{row.differences.mean():+.4f}",
+            _number(sd, ".4f"), _number(row.p, ".2g"), f"{row.spent:.2f}", _number(row.steps, ".2f"),
+            _number(row.flops, ".2f"), _number(row.flops and row.flops + row.training, ".2f"), _number(row.students, ".1f"),
             *(_number(np.mean(x), ".3f") for x in others),
         ]  # fmt: skip
         out.append("| " + " | ".join(cells) + " |")
@@ -149,11 +155,12 @@ def plot(arms: dict[str, list[Line]], path: pathlib.Path) -> None:
     """The mean validation loss of the main arms, less that of the plain runs at the same step."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    plain = curve(arms[BASELINE], 1)
+    plain = {line["seed"]: np.array(line["curve"])[:, 1] for line in arms[BASELINE]}
     steps = curve(arms[BASELINE], 0) / arms[BASELINE][0]["steps"]
     for arm, colour in zip(SHOWN, COLOURS, strict=True):
         if arm in arms:
-            apart = [np.array([point[1] for point in line["curve"]]) - plain for line in arms[arm]]
+            pairs = [(line, plain[line["seed"]]) for line in arms[arm] if line["seed"] in plain]
+            apart = [np.array(line["curve"])[:, 1] - base for line, base in pairs]
             axes.plot(steps, np.mean(apart, 0), color=colour, label=f"{arm} ({len(apart)})", lw=1.8)
             for one in apart:
                 axes.plot(steps, one, color=colour, lw=0.5, alpha=0.5)

@@ -107,16 +107,17 @@ def write(path: pathlib.Path, lines) -> pathlib.Path:
 
 
 def test_the_table_calls_nothing_better_that_is_noise(tmp_path):
-    lines = lines_of(plain=[2.0, 2.1, 2.2], salt=[1.0, 1.1, 1.2], let=[2.0, 2.1], both=[2.3], auto=[2.05])
+    lines = lines_of(plain=[2.0, 2.1, 2.2], salt=[1.0, 1.13, 1.2], let=[2.0, 2.08], both=[2.3], auto=[1.98])
     rows = {row.arm: row for row in report.compare(report.read(write(tmp_path / "nano.jsonl", lines)))}
-    assert rows["plain"].steps == rows["plain"].flops == 1
-    assert rows["salt"].p < 0.01 and rows["salt"].difference == pytest.approx(-1)
-    # Its mean curve falls from 4 to 1.1, and plain's end is 2.1.
-    assert rows["salt"].steps == pytest.approx((4 - 2.1) / (4 - 1.1), rel=1e-6)
-    assert rows["let"].steps is None and rows["auto"].steps is None and rows["auto"].p > 0.5
-    assert rows["both"].steps is None
+    assert rows["plain"].steps == rows["plain"].flops == 1 and rows["plain"].p is None
+    assert rows["salt"].p < 0.01 and rows["salt"].differences == pytest.approx([-1, -0.97, -1])
+    # Its mean curve falls from 4 to 1.11, and plain's end is 2.1.
+    assert rows["salt"].steps == pytest.approx((4 - 2.1) / (4 - 1.11), rel=1e-6)
+    assert rows["let"].p > 0.05 and rows["let"].steps is None and rows["both"].steps is None
+    assert rows["auto"].p == pytest.approx(2 * 0.1241, rel=0.01), "0.02 are 1.155 times the spread of salt's pairs"
+    assert rows["auto"].steps is None
     report.main([str(tmp_path / "nano.jsonl")], str(tmp_path))
-    assert "| salt | 3 | 1.1000 | 0.1000 | -1.0000 |" in (tmp_path / "nano.md").read_text()
+    assert "| salt | 3 | 1.1100 | -0.9900 | 0.0173 |" in (tmp_path / "nano.md").read_text()
     assert (tmp_path / "nano.png").stat().st_size > 10_000
 
 
