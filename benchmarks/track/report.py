@@ -144,7 +144,8 @@ def table(rows: list[Compared], arms: dict[str, list[Line]]) -> str:
         cells = [
             row.arm, str(len(row.losses)), f"{row.losses.mean():.4f}", f"{row.differences.mean():+.4f}",
             _number(sd, ".4f"), _number(row.p, ".2g"), f"{row.spent:.2f}", _number(row.steps, ".2f"),
-            _number(row.flops, ".2f"), _number(row.flops and row.flops + row.training, ".2f"), _number(row.students, ".1f"),
+            _number(row.flops, ".2f"), _number(row.flops and row.flops + row.training, ".2f"),
+            _number(row.students, ".1f"),
             *(_number(np.mean(x), ".3f") for x in others),
         ]  # fmt: skip
         out.append("| " + " | ".join(cells) + " |")
