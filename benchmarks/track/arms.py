@@ -55,7 +55,7 @@ FOUND = {"learning_rate": 8e-3, "schedule": "linear", "final_fraction": 0.0, "we
 MUON, ADAMW = _optimizer("muon", **FOUND), _optimizer("adamw", **FOUND | {"learning_rate": 4e-3})
 
 SIZES = ("tenth", "fifth", "half")
-TEACHER = "fifth"  # of the arms that do not say which
+TEACHER = "half"  # of the arms that do not say which
 
 
 def kd(weight: float = 0.5, stop: float | str = 0.1, handover: str = "linear", **fields: Any) -> Changes:
@@ -90,7 +90,7 @@ def _teachers() -> dict[str, Arm]:
 
 def _stops() -> dict[str, Arm]:
     """Each help alone and both, by each teacher, until each of these fractions of the run."""
-    stops = {"tenth": (0.02, 0.05, 0.1), "fifth": (0.05, 0.1, 0.2, 0.4), "half": (0.1, 0.2, 0.4)}
+    stops = {"tenth": (0.02, 0.05, 0.1), "fifth": (0.05, 0.1, 0.2, 0.4), "half": (0.1, 0.2, 0.3, 0.4)}
     helps = {"salt": lambda stop: kd(stop=stop), "let": lambda stop: align(stop=stop), "both": both}
     return {
         f"{name}-{size}-{stop:g}": _helped(changes(stop), size)
@@ -135,8 +135,11 @@ def _auto() -> dict[str, Arm]:
         f"auto-{size}-x{x:g}": _helped(AUTO, size, length=x) for size in ("fifth", "half") for x in (0.6, 0.7, 0.8)
     }
     for size in SIZES:
-        arms |= {f"auto-{size}-full{x:g}": _helped(AUTO | {"objective.auto.full": x}, size) for x in (0.25, 1.0, 2.0)}
-        arms |= {f"auto-{size}-end{x:g}": _helped(AUTO | {"objective.auto.end": x}, size) for x in (-0.25, 0.1)}
+        for full, end in ((0.5, 0.0), (2.0, 0.0), (1.0, 0.25), (2.0, 0.25), (0.5, 0.25)):
+            rule = _fields("objective.auto", full=full, end=end)
+            arms[f"auto-{size}-{full:g}-{end:g}"] = _helped(AUTO | rule, size)
+            arms[f"auto-salt-{size}-{full:g}-{end:g}"] = _helped(kd(stop="auto") | rule, size)
+            arms[f"auto-let-{size}-{full:g}-{end:g}"] = _helped(align(stop="auto") | rule, size)
         arms[f"auto-{size}-gate"] = _helped(AUTO | {"objective.kd.gate": "hard"}, size)
     return arms
 
