@@ -90,7 +90,7 @@ def _teachers() -> dict[str, Arm]:
 
 def _stops() -> dict[str, Arm]:
     """Each help alone and both, by each teacher, until each of these fractions of the run."""
-    stops = {"tenth": (0.02, 0.05, 0.1), "fifth": (0.05, 0.1, 0.2, 0.4), "half": (0.1, 0.2, 0.3, 0.4)}
+    stops = {"tenth": (0.02, 0.05, 0.1), "fifth": (0.05, 0.1, 0.2, 0.4), "half": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)}
     helps = {"salt": lambda stop: kd(stop=stop), "let": lambda stop: align(stop=stop), "both": both}
     return {
         f"{name}-{size}-{stop:g}": _helped(changes(stop), size)
@@ -116,6 +116,7 @@ def _let() -> dict[str, Arm]:
     arms = {f"let-{pair.replace(':', '-')}": align(pairs=pair) for pair in pairs if pair != "half:last"}
     arms |= {f"let-ratio{weight:g}": align(weight) for weight in (0.5, 1.0, 4.0)}
     arms |= {"let-plain0.1": align(0.1, scale="plain"), "let-projection": align(map="projection")}
+    arms |= {"let-all": align(pairs="1:1,half:half,last:last"), "let-two": align(pairs="1:half,half:last")}
     arms |= {"let-to-teacher": align(map="student_to_teacher"), "let-centred": align(centre=True)}
     return {name: _helped(changes) for name, changes in arms.items()}
 
