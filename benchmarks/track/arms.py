@@ -91,11 +91,12 @@ def _teachers() -> dict[str, Arm]:
 def _stops() -> dict[str, Arm]:
     """Each help alone and both, by each teacher, until each of these fractions of the run."""
     stops = {"tenth": (0.02, 0.05, 0.1), "fifth": (0.05, 0.1, 0.2, 0.4), "half": (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)}
+    stops["half-long"] = (0.15, 0.3)
     helps = {"salt": lambda stop: kd(stop=stop), "let": lambda stop: align(stop=stop), "both": both}
     return {
         f"{name}-{size}-{stop:g}": _helped(changes(stop), size)
         for name, changes in helps.items()
-        for size in SIZES
+        for size in stops
         for stop in stops[size]
     }
 
@@ -135,8 +136,8 @@ def _auto() -> dict[str, Arm]:
     arms |= {
         f"auto-{size}-x{x:g}": _helped(AUTO, size, length=x) for size in ("fifth", "half") for x in (0.6, 0.7, 0.8)
     }
-    for size in SIZES:
-        for full, end in ((0.5, 0.0), (2.0, 0.0), (1.0, 0.25), (2.0, 0.25), (0.5, 0.25)):
+    for size in (*SIZES, "half-long"):
+        for full, end in ((2.0, 0.0), (1.0, 0.25), (2.0, 0.25), (1.0, 0.5), (2.0, 0.5)):
             rule = _fields("objective.auto", full=full, end=end)
             arms[f"auto-{size}-{full:g}-{end:g}"] = _helped(AUTO | rule, size)
             arms[f"auto-salt-{size}-{full:g}-{end:g}"] = _helped(kd(stop="auto") | rule, size)
