@@ -255,9 +255,8 @@ def _watch(program: Program, state: TrainState, gathered: _Gathered, finite) -> 
     step, sums = state.step - 1, gathered.sums
     lead = (sums.ce - gathered.teacher) / jnp.maximum(sums.count, 1.0)
     measured = finite & jnp.isfinite(lead) & (sums.count > 0)
-    if "kd" not in program.helps:
-        measured &= step % auto.EVERY == 0
-    watch = auto.update(program.objective.auto, state.watch, lead, measured, step)
+    every = 1 if "kd" in program.helps else auto.EVERY
+    watch = auto.update(program.objective.auto, state.watch, lead, measured & (step % every == 0), step, every)
     return state.replace(watch=watch), {"lead": _one(watch.lead), auto.ENDED: _one(watch.ended)}
 
 

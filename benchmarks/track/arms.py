@@ -137,7 +137,7 @@ def _auto() -> dict[str, Arm]:
         f"auto-{size}-x{x:g}": _helped(AUTO, size, length=x) for size in ("fifth", "half") for x in (0.6, 0.7, 0.8)
     }
     for size in (*SIZES, "half-long"):
-        for full, end in ((2.0, 0.0), (1.0, 0.25), (2.0, 0.25), (1.0, 0.5), (2.0, 0.5)):
+        for full, end in ((2.0, 0.0), (0.5, 0.25), (1.0, 0.25), (2.0, 0.25), (1.0, 0.1), (1.0, 0.5), (2.0, 0.5)):
             rule = _fields("objective.auto", full=full, end=end)
             arms[f"auto-{size}-{full:g}-{end:g}"] = _helped(AUTO | rule, size)
             arms[f"auto-salt-{size}-{full:g}-{end:g}"] = _helped(kd(stop="auto") | rule, size)

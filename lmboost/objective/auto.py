@@ -43,8 +43,8 @@ class Auto:
 class Watch(flax.struct.PyTreeNode):
     """What a run knows of its teacher: scalars, the same on all devices.
 
-    `total` / `count` is the mean of the measured leads, in which each weighs `smoothing` times as much as the one
-    after it.
+    `total` / `count` is the mean of the measured leads, in which each weighs `smoothing` times as much as that of the
+    step after it.
     """
 
     total: jax.Array  # float32, nats per token
@@ -87,9 +87,12 @@ def share(rule: Auto, watch: Watch) -> jax.Array:
     return jnp.where((watch.count > 0) & (watch.ended == NEVER), ahead, 0.0)
 
 
-def update(rule: Auto, watch: Watch, lead: jax.Array, measured: jax.Array, step: jax.Array) -> Watch:
-    """After `step`, in which the teacher had this lead; as it was where that was not `measured`."""
-    keep = rule.smoothing
+def update(rule: Auto, watch: Watch, lead: jax.Array, measured: jax.Array, step: jax.Array, every: int = 1) -> Watch:
+    """After `step`, in which the teacher had this lead; as it was where that was not `measured`.
+
+    every: steps between two measurements.
+    """
+    keep = rule.smoothing**every
     new = watch.replace(total=keep * watch.total + (1 - keep) * lead, count=keep * watch.count + (1 - keep))
     lost = (watch.ended == NEVER) & (new.lead < rule.end)
     new = new.replace(ended=jnp.where(lost, step + 1, watch.ended))
