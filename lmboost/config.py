@@ -80,8 +80,8 @@ def base() -> ConfigDict:
 
     # stop=auto: help is held while the teacher is ahead on the labels, as much as it is; in nats per token.
     objective.auto = auto = ConfigDict()
-    auto.full = 0.5  # lead from which on help has its full weight
-    auto.end = 0.0  # lead below which it has ended, for good
+    auto.full = 1.0  # lead from which on help has its full weight
+    auto.end = 0.25  # lead below which it has ended, for good
     auto.smoothing = 0.95  # of the lead from step to step
 
     # SALT_DS: train on what is challenging yet learnable for an early checkpoint of the small model.

@@ -120,7 +120,7 @@ def test_a_teacher_that_knows_nothing_is_let_go_at_once(home, recipe, data, teac
         (["align.weight=1", "align.stop=true"], "objective.align.stop=True: expected a fraction of the run"),
         (["kd.stop=auto", "kd.handover=constant"], "objective.kd.stop=auto with objective.kd.handover='constant'"),
         (["kd.stop=auto", "kd.decay_from=0.1"], "objective.kd.decay_from=0.1: help that ends by itself begins"),
-        (["kd.stop=auto", "auto.end=1"], "objective.auto.full=0.5 must be above objective.auto.end=1.0"),
+        (["kd.stop=auto", "auto.end=1"], "objective.auto.full=1.0 must be above objective.auto.end=1.0"),
         (["kd.stop=auto", "auto.smoothing=1"], "objective.auto.smoothing=1.0 is out of range"),
     ],
 )

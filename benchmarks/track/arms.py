@@ -70,7 +70,7 @@ def both(stop: float | str = 0.1) -> Changes:
     return kd(stop=stop) | align(stop=stop)
 
 
-AUTO = both("auto")
+AUTO = align(stop="auto")
 
 
 def _helped(changes: Changes, size: str = TEACHER, **fields: Any) -> Arm:
@@ -123,26 +123,23 @@ def _let() -> dict[str, Arm]:
 
 
 def _auto() -> dict[str, Arm]:
-    """Help that ends by itself: by each teacher, by two that know nothing, at less than the whole length."""
-    arms = {"auto": _helped(AUTO), "auto-salt": _helped(kd(stop="auto")), "auto-let": _helped(align(stop="auto"))}
-    arms |= {f"auto-{size}": _helped(AUTO, size) for size in SIZES if size != TEACHER}
-    arms |= {
-        f"auto-{size}-{budget}": _helped(AUTO, f"{size}-{budget}") for size in SIZES for budget in ("short", "long")
-    }
+    """Help that ends by itself: by each teacher, by two that know nothing, at less than the whole length; its rule."""
+    arms = {"auto": _helped(AUTO), "auto-salt": _helped(kd(stop="auto")), "auto-both": _helped(both("auto"))}
+    budgets = [f"{size}-{budget}" for size in SIZES for budget in ("short", "long")]
+    arms |= {f"auto-{size}": _helped(AUTO, size) for size in (*SIZES, *budgets) if size != TEACHER}
     arms["auto-untrained"] = _helped(AUTO | {"teacher.random": True})
     arms["auto-shuffled"] = _helped(AUTO, shuffled=True)
-    arms["both-untrained"] = _helped(both() | {"teacher.random": True})
-    arms["both-shuffled"] = _helped(both(), shuffled=True)
-    arms |= {
-        f"auto-{size}-x{x:g}": _helped(AUTO, size, length=x) for size in ("fifth", "half") for x in (0.6, 0.7, 0.8)
-    }
+    arms["let-untrained"] = _helped(align() | {"teacher.random": True})
+    arms["let-shuffled"] = _helped(align(), shuffled=True)
+    arms |= {f"auto-x{x:g}": _helped(AUTO, length=x) for x in (0.6, 0.7, 0.8, 0.9)}
+    helps = {"let": AUTO, "salt": kd(stop="auto"), "both": both("auto")}
+    rules = ((0.5, 0.0), (2.0, 0.0), (0.5, 0.25), (1.0, 0.25), (2.0, 0.25), (1.0, 0.1), (1.0, 0.5), (2.0, 0.5))
     for size in (*SIZES, "half-long"):
-        for full, end in ((2.0, 0.0), (0.5, 0.25), (1.0, 0.25), (2.0, 0.25), (1.0, 0.1), (1.0, 0.5), (2.0, 0.5)):
+        for full, end in rules:
             rule = _fields("objective.auto", full=full, end=end)
-            arms[f"auto-{size}-{full:g}-{end:g}"] = _helped(AUTO | rule, size)
-            arms[f"auto-salt-{size}-{full:g}-{end:g}"] = _helped(kd(stop="auto") | rule, size)
-            arms[f"auto-let-{size}-{full:g}-{end:g}"] = _helped(align(stop="auto") | rule, size)
-        arms[f"auto-{size}-gate"] = _helped(AUTO | {"objective.kd.gate": "hard"}, size)
+            arms |= {f"auto-{help_}-{size}-{full:g}-{end:g}": _helped(helps[help_] | rule, size) for help_ in helps}
+    rule = _fields("objective.auto", full=0.5, end=0.0)
+    arms["auto-both-gate"] = _helped(both("auto") | rule | {"objective.kd.gate": "hard"})
     return arms
 
 

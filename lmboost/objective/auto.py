@@ -29,8 +29,8 @@ class Auto:
     """
 
     helps: frozenset[str]
-    full: float = 0.5
-    end: float = 0.0
+    full: float = 1.0
+    end: float = 0.25
     smoothing: float = 0.95
 
     def validate(self, field: str = "objective.auto") -> "Auto":
