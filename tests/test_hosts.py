@@ -72,3 +72,17 @@ def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, recipe,
         finish(process, 128 + signal.SIGKILL if kill_at else 0)
         batches |= record.read(tmp_path / f"{processes}")
     assert_same_run(tmp_path / "run", batches, one)
+
+
+@pytest.mark.slow
+def test_help_that_ends_by_itself_ends_at_the_same_step(tmp_path, recipe, data, teacher):
+    """Of two processes as of one: each finds it out for itself, and all have to come to the same."""
+    arguments = (
+        data, teacher, "--config.steps=16", "--config.objective.kd.stop=auto", "--config.objective.kd.handover=linear",
+        "--config.objective.align.stop=auto", "--config.objective.auto.end=0.3",
+    )  # fmt: skip
+    runs.run(f"{recipe}:helped", tmp_path / "one", *arguments)
+    finish(runs.launch(2, 4, f"{recipe}:helped", tmp_path / "two", *arguments))
+    ended = losses(tmp_path / "one", "help_ended")
+    assert ended == losses(tmp_path / "two", "help_ended") and 4 < len(ended) < 14
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
