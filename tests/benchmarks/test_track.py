@@ -56,13 +56,13 @@ def out(tmp_path_factory):
 
 
 def test_a_run_of_the_track(out):
-    teacher = one.run(TINY, "teacher-fifth", 3, out)
+    teacher = one.run(TINY, arms.ARMS["auto"].teacher, 3, out)
     line = one.run(TINY, "auto", 3, out)
     workdir = arms.workdir_of(out, "nano", "auto", 3)
     assert line["curve"] == [[s, x, f] for (s, x), f in zip(
         losses(workdir, "val_loss").items(), [line["curve"][0][2], line["flops"]], strict=True)]  # fmt: skip
-    assert line["steps"] == TINY.steps_of(TINY.student) and line["config"]["objective.kd.stop"] == "auto"
-    assert line["teacher"] == "teacher-fifth" and teacher["config"]["seed"] == 3 + one.HELPER_SEEDS
+    assert line["steps"] == TINY.steps_of(TINY.student) and line["config"]["objective.align.stop"] == "auto"
+    assert line["teacher"] == teacher["arm"] and teacher["config"]["seed"] == 3 + one.HELPER_SEEDS
     assert line["flops"] > teacher["flops"] and line["final"] == pytest.approx(line["bible"])
     assert json.loads(json.dumps(line)) == line and abs(line["copying"]) < 1
 

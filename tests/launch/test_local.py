@@ -303,7 +303,8 @@ def test_a_hanging_process_and_what_it_started_are_killed(fake):
 def test_a_hundred_restarts_leak_nothing(fake):
     status, _, _ = fake.run([[EXIT[75]] * 2] * 100 + [[EXIT[0]] * 2])
     assert status == 0 and fake.attempts() == 101
-    first, last = ([e for e in fake.log() if e["attempt"] == attempt] for attempt in (0, 100))
+    log = fake.log()  # what is open changes while processes start, so each end is looked at a few times
+    first, last = ([e for e in log if low <= e["attempt"] <= low + 10] for low in (0, 90))
     for what in ("fds", "threads", "children"):
         assert max(e[what] for e in last) <= max(e[what] for e in first), what
     assert max(e["threads"] for e in last) == 1 and max(e["children"] for e in last) <= 2
