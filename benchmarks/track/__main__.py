@@ -29,7 +29,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def ordered(arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
-    """(arm, seed) of the arms and of what they need, each after what it needs."""
+    """(arm, seed) of the arms and of what they need; first those that need nothing, for which no core has to wait."""
     found: dict[tuple[str, int], None] = {}
 
     def add(arm: str, seed: int) -> None:
@@ -40,7 +40,11 @@ def ordered(arms: list[str], seeds: list[int]) -> list[tuple[str, int]]:
     for seed in seeds:
         for arm in arms:
             add(arm, seed)
-    return list(found)
+
+    def depth(arm: str) -> int:
+        return max((1 + depth(needed) for needed in ARMS[arm].needs), default=0)
+
+    return sorted(found, key=lambda run: depth(run[0]))
 
 
 class Runner:
