@@ -80,7 +80,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
 
 def _search(tier: Tier, name: str, c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Searches, and returns a line whose loss is that of the best cut before it is trained."""
-    c.search.update({**tier.search, "candidates": 384, "population": 16, "elites": 4, "rows": 64, "batch": 1})
+    c.search.update({"candidates": 384, "population": 16, "elites": 4, "rows": 64, "batch": 1} | tier.search)
     began = time.monotonic()
     _, loss = job.search(c, workdir)
     cost = flops.forward_flops(tier.models["large"], c.seq_len) * c.search.candidates * c.search.rows * c.seq_len

@@ -23,7 +23,7 @@ class Tier:
 
     name: str
     models: dict[str, ModelConfig]
-    search: dict[str, str]  # of a cut of "large" that has about the student's parameters
+    search: dict[str, str | int]  # of a cut of "large" that has about the student's parameters
     batch_size: int = 8
     seq_len: int = 128
     accumulation: int = 2  # the same step, faster on a core whose cache it then fits into
@@ -56,7 +56,7 @@ NANO = Tier(
         "first": decoder(4, 48, 3, 144, head_dim=12),
     },
     {
-        "params": "129k-142k",
+        "params": "0.129M-0.142M",
         "layers": "3-6",
         "d_model": "32-72:8",
         "num_kv_heads": "1-3",
@@ -79,7 +79,7 @@ MICRO = Tier(
         "first": decoder(6, 72, 3, 216, head_dim=18),
     },
     {
-        "params": "391k-432k",
+        "params": "0.391M-0.432M",
         "layers": "4-8",
         "d_model": "48-108:12",
         "num_kv_heads": "1-3",

@@ -67,6 +67,21 @@ def test_a_run_of_the_track(out):
     assert json.loads(json.dumps(line)) == line and abs(line["copying"]) < 1
 
 
+def test_a_searched_cut_is_where_a_run_starts(out):
+    space = {"params": "0.0035M-0.0045M", "layers": "1", "d_model": "6-8:2", "mlp_dim": "4-8:2", "rows": 8, "candidates": 16}
+    tier = dataclasses.replace(TINY, search=space)
+    for name in ("large", "search", "cut-short", "cut-shape-short"):
+        line = one.run(tier, name, 3, out)
+        directory = arms.workdir_of(out, "nano", name, 3)
+        directory.joinpath("line").write_text(json.dumps(line))
+    found = [
+        json.loads(arms.workdir_of(out, "nano", n, 3).joinpath("line").read_text()) for n in ("search", "cut-short")
+    ]
+    winner = checkpoint.Saved.find(str(arms.workdir_of(out, "nano", "search", 3) / "winner"))
+    assert found[1]["parameters"] == line["parameters"] == winner.model.num_params() <= 4500
+    assert found[0]["flops"] > 0 and "curve" not in found[0] and found[0]["final"] < line["curve"][0][1]
+
+
 def test_only_what_was_read_before_counts_as_read():
     """What follows in the second half has followed the same tokens before; of the first half nothing is known."""
     for again in (True, False):
