@@ -13,6 +13,7 @@ from benchmarks.track.setting import NANO, TIERS, decoder, recipe
 from lmboost import checkpoint, plan
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
+from lmboost.search.space import Orders, Space
 from lmboost.teacher import Helper
 from tests import runs
 from tests.compare import losses
@@ -33,6 +34,12 @@ def test_every_arm_is_a_plan(tier):
         helper = arm.teacher and Helper(None, tier.models[arms.ARMS[arm.teacher].model])
         made = plan.outline(c, ModelConfig(**c.model), helper or None, helper or None)
         assert bool(made.spans[0].helps) == bool(arm.teacher), name
+        if arm.search:
+            c.search.update(tier.search)
+            large = tier.models["large"]
+            cuts = Space.from_config(c.search, large, Orders.natural(large))
+            found = cuts.num_params(cuts.sample(np.random.default_rng(0)))
+            assert found == pytest.approx(tier.student.num_params(), rel=0.05)
         assert bool(arm.parent) == (c.init.kind != "copy" or arm.search), name
 
 
@@ -68,7 +75,14 @@ def test_a_run_of_the_track(out):
 
 
 def test_a_searched_cut_is_where_a_run_starts(out):
-    space = {"params": "0.0035M-0.0045M", "layers": "1", "d_model": "6-8:2", "mlp_dim": "4-8:2", "rows": 8, "candidates": 16}
+    space = {
+        "params": "0.0035M-0.0045M",
+        "layers": "1",
+        "d_model": "6-8:2",
+        "mlp_dim": "4-8:2",
+        "rows": 8,
+        "candidates": 16,
+    }
     tier = dataclasses.replace(TINY, search=space)
     for name in ("large", "search", "cut-short", "cut-shape-short"):
         line = one.run(tier, name, 3, out)
