@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 from benchmarks.track import texts
-from benchmarks.track.arms import ARMS, LINE, workdir_of
+from benchmarks.track.arms import ARMS, LINE, asked, workdir_of
 from benchmarks.track.setting import TIERS
 from lmboost import ranges
 from lmboost.errors import UserError, count, one_of, run_flags
@@ -88,6 +88,8 @@ class Runner:
             finally:
                 self._cores.put(core)
         line = json.loads((workdir / LINE).read_text())
+        if line.get("asked", asked(arm)) != asked(arm):
+            raise UserError(f"{workdir} holds a run of {arm} as it was before arms.py was changed: remove it.")
         print(f"{self._tier} {arm} seed {seed}: {line['final']:.4f}, {line['seconds']:.0f} s", flush=True)
 
     def _run(self, arm: str, seed: int, core: int, workdir: pathlib.Path) -> None:

@@ -3,6 +3,7 @@
 An arm is named by what it asks: salt-fifth-0.1 is SALT by the teacher of a fifth until a tenth of the run.
 """
 
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -217,6 +218,11 @@ ARMS: dict[str, Arm] = {
 NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order
 
 LINE = "line.json"  # in the workdir of a run that is finished: what came out of it
+
+
+def asked(arm: str) -> dict[str, Any]:
+    """What an arm is, as its line has it: that of a run which is finished must be the arm's of today."""
+    return json.loads(json.dumps(ARMS[arm]._asdict()))
 
 
 def workdir_of(out: pathlib.Path, tier: str, arm: str, seed: int) -> pathlib.Path:

@@ -24,7 +24,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks.track import copying
-from benchmarks.track.arms import ARMS, LINE, NEEDED, workdir_of
+from benchmarks.track.arms import ARMS, LINE, NEEDED, asked, workdir_of
 from benchmarks.track.setting import TIERS, Tier, recipe
 from lmboost import checkpoint, config, evaluate, flops, places, sharding, standalone
 from lmboost.models.model_config import ModelConfig
@@ -131,5 +131,5 @@ if __name__ == "__main__":
     threading.Thread(target=_end_with_runner, daemon=True).start()
     tier, arm, seed, out = TIERS[sys.argv[1]], sys.argv[2], int(sys.argv[3]), pathlib.Path(sys.argv[4])
     at = commit()  # before the run: the code may change while it lasts
-    line = {"commit": at} | run(tier, arm, seed, out)
+    line = {"commit": at} | run(tier, arm, seed, out) | {"asked": asked(arm)}
     places.write(workdir_of(out, tier.name, arm, seed) / LINE, json.dumps(line))

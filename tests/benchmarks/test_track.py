@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.track import arms, copying, one, report
-from benchmarks.track.__main__ import ordered
+from benchmarks.track.__main__ import Runner, ordered
 from benchmarks.track.setting import NANO, TIERS, decoder, recipe
 from lmboost import checkpoint, plan
 from lmboost.errors import UserError
@@ -117,6 +117,18 @@ def test_a_shuffled_teacher_has_the_same_numbers_elsewhere(out):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x), np.asarray(y)
         assert np.array_equal(np.sort(x, None), np.sort(y, None)) and (np.ptp(x) == 0 or not np.array_equal(x, y))
+
+
+def test_a_line_of_an_arm_that_was_changed_is_refused(tmp_path):
+    place = arms.workdir_of(tmp_path, "nano", "plain", 0)
+    place.mkdir(parents=True)
+    line = {"final": 1.0, "seconds": 1.0, "asked": arms.asked("plain")}
+    (place / arms.LINE).write_text(json.dumps(line))
+    Runner("nano", tmp_path, [0])([("plain", 0)])
+    assert json.loads((tmp_path / "nano.jsonl").read_text()) == line
+    (place / arms.LINE).write_text(json.dumps(line | {"asked": arms.asked("adamw")}))
+    with pytest.raises(UserError, match="holds a run of plain as it was before arms.py was changed: remove it"):
+        Runner("nano", tmp_path, [0])([("plain", 0)])
 
 
 def lines_of(**finals):
