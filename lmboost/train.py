@@ -104,7 +104,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             helpers = teacher.load(needed, mesh, c.teacher.dtype, c.seed + 1 if c.teacher.random else None)
             manifest = _write_manifest(run, helpers, workdir)
         clock.begin(first)
-        asked = Settings(c.steps, c.batch_size * c.seq_len, lambda done: run.flops(done), c.max_nonfinite, **c.log)
+        spent = lambda done: run.flops(done)  # noqa: E731, of the plan as it is then: help may have ended since
+        asked = Settings(c.steps, c.batch_size * c.seq_len, spent, c.max_nonfinite, **c.log)
         log = keep(RunLog(asked, log_dir, clock, first))
         part = Parts(watch, clock, log)
 

@@ -5,7 +5,6 @@ Distillation is reported to cost copying, which a loss on text does not show.
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from lmboost import checkpoint, sharding
 from lmboost.models.model_config import ModelConfig
@@ -30,9 +29,9 @@ def batch(model: ModelConfig, rows: int, seq_len: int, again: bool, seed: int = 
     }  # fmt: skip
 
 
-def measure(path: str, rows: int, seq_len: int, block_tokens: int = 512, mesh: Mesh | None = None) -> float:
+def measure(path: str, rows: int, seq_len: int, block_tokens: int = 512) -> float:
     """Nats a token, of the model in a run or checkpoint: loss on what it has read less loss on what is new."""
-    mesh = mesh or sharding.make_mesh()
+    mesh = sharding.make_mesh()
     with jax.set_mesh(mesh):
         saved = checkpoint.Saved.find(path)
         model = saved.model_for(seq_len, "float32")

@@ -55,13 +55,13 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     if arm.parent:
         c.init.path = str(workdir_of(out, tier.name, arm.parent, seed))
     if arm.search:
-        return _search(tier, name, c, workdir)
+        return _search(tier, name, seed, c, workdir)
     if arm.winner:
         found = config.load_recipe(f"{workdir_of(out, tier.name, arm.winner, seed)}/winner.py")
         c.model, model = found.model, ModelConfig(**found.model)
         c.init.update({} if arm.fresh else found.init)
     train(c, workdir)
-    asked = {
+    losses = {
         loss: evaluate.evaluate(workdir, str(data / of), -1, tier.final_batches, tier.batch_size)["val_loss"]
         for loss, of in ASKED.items()
     }
@@ -69,7 +69,8 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     spent, manifest = goodput.read(workdir).seconds, checkpoint.Run(workdir).manifest()
     return {
         "tier": tier.name, "arm": name, "seed": seed, "teacher": arm.teacher, "parent": arm.parent, "steps": c.steps,
-        "parameters": model.num_params(), **asked, "copying": copying.measure(workdir, 32 * tier.batch_size, c.seq_len),
+        "parameters": model.num_params(), **losses,
+        "copying": copying.measure(workdir, 32 * tier.batch_size, c.seq_len),
         "flops": evaluations[-1]["flops"],
         "seconds": spent["step"] + spent["compile"],
         "curve": [[line["step"], line["val_loss"], line["flops"]] for line in evaluations],
@@ -78,14 +79,14 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _search(tier: Tier, name: str, c: ConfigDict, workdir: str) -> dict[str, Any]:
+def _search(tier: Tier, name: str, seed: int, c: ConfigDict, workdir: str) -> dict[str, Any]:
     """Searches, and returns a line whose loss is that of the best cut before it is trained."""
     c.search.update({"candidates": 384, "population": 16, "elites": 4, "rows": 64, "batch": 1} | tier.search)
     began = time.monotonic()
     _, loss = job.search(c, workdir)
     cost = flops.forward_flops(tier.models["large"], c.seq_len) * c.search.candidates * c.search.rows * c.seq_len
     return {
-        "tier": tier.name, "arm": name, "seed": c.seed, "parent": ARMS[name].parent, "final": loss, "flops": cost,
+        "tier": tier.name, "arm": name, "seed": seed, "parent": ARMS[name].parent, "final": loss, "flops": cost,
         "seconds": time.monotonic() - began, "config": _changed(c), "versions": checkpoint.versions(),
     }  # fmt: skip
 

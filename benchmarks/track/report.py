@@ -56,8 +56,8 @@ class Compared(NamedTuple):
 
 def read(path: pathlib.Path) -> dict[str, list[Line]]:
     """The lines of a tier by their arms. Raises a UserError where they are of several data sets."""
-    found = [line for line in map(json.loads, path.read_text().splitlines()) if "curve" in line]
-    if len(kinds := {json.dumps(line["data"], sort_keys=True) for line in found}) > 1:
+    found = [json.loads(text) for text in path.read_text().splitlines()]
+    if len(kinds := {json.dumps(line["data"], sort_keys=True) for line in found if "data" in line}) > 1:
         raise UserError(f"{path} has lines of {len(kinds)} data sets: their losses cannot be compared.")
     arms = defaultdict(list)
     for line in found:
@@ -97,9 +97,11 @@ def crossing(x: np.ndarray, loss: np.ndarray, target: float) -> float | None:
 
 
 def compare(arms: dict[str, list[Line]]) -> list[Compared]:
-    """Every arm that has seeds with the plain runs, in the order of arms.py."""
+    """Every arm that has seeds with the plain runs, in the order of arms.py. A search is a cost of others, no arm."""
     plain = {line["seed"]: line for line in arms[BASELINE]}
-    pairs = {arm: [x for x in arms[arm] if x["seed"] in plain] for arm in sorted(arms, key=list(ARMS).index)}
+    pairs = {
+        arm: [x for x in arms[arm] if x["seed"] in plain and "curve" in x] for arm in sorted(arms, key=list(ARMS).index)
+    }
     pairs = {arm: lines for arm, lines in pairs.items() if lines}
     apart = {arm: np.array([x["final"] - plain[x["seed"]]["final"] for x in lines]) for arm, lines in pairs.items()}
     pooled = spread(x for arm, x in apart.items() if ARMS[arm].teacher)

@@ -93,7 +93,12 @@ def test_a_searched_cut_is_where_a_run_starts(out):
     ]
     winner = checkpoint.Saved.find(str(arms.workdir_of(out, "nano", "search", 3) / "winner"))
     assert found[1]["parameters"] == line["parameters"] == winner.model.num_params() <= 4500
-    assert found[0]["flops"] > 0 and "curve" not in found[0] and found[0]["final"] < line["curve"][0][1]
+    assert (
+        found[0]["flops"] > 0
+        and found[0]["seed"] == 3
+        and "curve" not in found[0]
+        and found[0]["final"] < line["curve"][0][1]
+    )
 
 
 def test_only_what_was_read_before_counts_as_read():
