@@ -124,6 +124,10 @@ VALUES = {
     float: st.floats(allow_nan=False) | st.integers(-100, 100).map(float),
     str: st.text(st.characters(codec="utf-8")) | st.sampled_from(TEXTS),
 }
+AUTO_FIELDS, AUTO = (
+    ("objective.kd.stop", "objective.align.stop"),
+    st.floats(allow_nan=False, allow_infinity=False) | st.just("auto"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def base_recipe(tmp_path_factory):
 
 
 @settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(st.fixed_dictionaries({field: VALUES[type(value)] for field, value in FIELDS.items()}))
+@given(st.fixed_dictionaries({f: AUTO if f in AUTO_FIELDS else VALUES[type(value)] for f, value in FIELDS.items()}))
 def test_every_field_can_be_set(base_recipe, values):
     flags = [f"--config.{field}={str(v).lower() if isinstance(v, bool) else v}" for field, v in values.items()]
     read = config.flatten(load(base_recipe, *flags))
