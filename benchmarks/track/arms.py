@@ -3,7 +3,6 @@
 An arm is named by what it asks: salt-fifth-0.1 is SALT by the teacher of a fifth until a tenth of the run.
 """
 
-import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ class Arm(NamedTuple):
       changes: fields of the config, by their dotted names.
       model: of `Tier.models`.
       teacher: the arm whose run, of the same seed, is teacher.path; empty is none.
+      scorer: likewise objective.select.scorer.
       parent: likewise init.path.
       length: of the run, as a multiple of 20 tokens a parameter.
       steps_of: of `Tier.models`, whose parameters these are; empty is its own model's.
@@ -28,6 +28,7 @@ class Arm(NamedTuple):
     changes: Changes = {}
     model: str = "student"
     teacher: str = ""
+    scorer: str = ""
     parent: str = ""
     length: float = 1.0
     steps_of: str = ""
@@ -39,7 +40,7 @@ class Arm(NamedTuple):
     @property
     def needs(self) -> list[str]:
         """The arms whose runs come first."""
-        return [arm for arm in (self.teacher, self.parent, self.winner) if arm]
+        return [arm for arm in (self.teacher, self.scorer, self.parent, self.winner) if arm]
 
 
 def _fields(prefix: str, **values: Any) -> Changes:
@@ -71,6 +72,7 @@ def both(stop: float | str = 0.1) -> Changes:
     return kd(stop=stop) | align(stop=stop)
 
 
+STOP = 0.15  # of the run: the best one, by a teacher of half the size
 AUTO = align(stop="auto")
 
 
@@ -110,6 +112,18 @@ def _salt() -> dict[str, Arm]:
     arms |= {"rkd": kd(handover="constant"), "salt-top8": kd(top_k=8), "salt-gate": kd(gate="hard")}
     arms |= {"salt-gate-0.4": kd(stop=0.4, gate="hard"), "salt-soft-gate-0.4": kd(stop=0.4, gate="soft")}
     return {name: _helped(changes) for name, changes in arms.items()}
+
+
+def _selection() -> dict[str, Arm]:
+    """SALT_DS: one of two rows is kept, by a half as long run of the teacher's size.
+
+    Kept without KD it is a control. To keep one of two at random is SALT itself.
+    """
+    keep = _fields("objective.select", candidates=2, stop=STOP)
+    others = {name: keep | {"objective.select.others": name} for name in ("drop", "zero")}
+    scorer = f"teacher-{TEACHER}-short"
+    arms = {f"salt-ds-{name}": _helped(kd(stop=STOP) | others[name], scorer=scorer) for name in others}
+    return arms | {"ds-drop": Arm(MUON | others["drop"], scorer=scorer)}
 
 
 def _let() -> dict[str, Arm]:
@@ -161,6 +175,17 @@ def _inherited() -> dict[str, Arm]:
     }
 
 
+def _everything() -> dict[str, Arm]:
+    """A start from another model, and help that ends by itself: from a small one that helps, too; from a larger one."""
+    stack, inherit = {"init.kind": "stack"}, {"init.kind": "inherit"}
+    arms = {"stack-auto": Arm(MUON | stack | AUTO, parent="two-layers", teacher="two-layers")}
+    arms["stack-salt"] = Arm(MUON | stack | kd(stop="auto"), parent="two-layers", teacher="two-layers")
+    arms["auto-two-layers"] = Arm(MUON | AUTO, teacher="two-layers")
+    for name, help_ in {"auto": AUTO, "salt": kd(stop="auto"), "both": both("auto")}.items():
+        arms[f"inherit-{name}"] = Arm(MUON | inherit | help_, parent="deep", teacher="deep")
+    return arms
+
+
 def _cuts() -> dict[str, Arm]:
     """A large model cut down to the student's size, by search or by its first entries; and the same from scratch.
 
@@ -188,7 +213,7 @@ def _cuts() -> dict[str, Arm]:
 
 def _adamw() -> dict[str, Arm]:
     """The papers' own comparison is with AdamW."""
-    arms = {"salt": kd(), "let": align(), "both": both(), "auto": AUTO}
+    arms = {"salt": kd(stop=STOP), "let": align(stop=STOP), "both": both(STOP), "auto": AUTO}
     return {f"adamw-{name}": Arm(ADAMW | arms[name], teacher=f"teacher-{TEACHER}") for name in arms}
 
 
@@ -211,8 +236,9 @@ def _sweeps(name: str) -> dict[str, Arm]:
 
 
 ARMS: dict[str, Arm] = {
-    **_plain(), **_teachers(), "salt": _helped(kd()), "let": _helped(align()), "both": _helped(both()),
-    **_stops(), **_salt(), **_let(), **_auto(), **_inherited(), **_cuts(), **_adamw(),
+    **_plain(), **_teachers(), "salt": _helped(kd(stop=STOP)), "let": _helped(align(stop=STOP)),
+    "both": _helped(both(STOP)), **_stops(), **_salt(), **_selection(), **_let(), **_auto(), **_inherited(),
+    **_everything(), **_cuts(), **_adamw(),
     **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
 NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order
@@ -221,8 +247,11 @@ LINE = "line.json"  # in the workdir of a run that is finished: what came out of
 
 
 def asked(arm: str) -> dict[str, Any]:
-    """What an arm is, as its line has it: that of a run which is finished must be the arm's of today."""
-    return json.loads(json.dumps(ARMS[arm]._asdict()))
+    """What an arm is, as its line has it: what of it is not as in a plain `Arm`.
+
+    That of a run which is finished must be the arm's of today.
+    """
+    return {name: value for name, value in ARMS[arm]._asdict().items() if value != Arm._field_defaults[name]}
 
 
 def workdir_of(out: pathlib.Path, tier: str, arm: str, seed: int) -> pathlib.Path:

@@ -50,6 +50,8 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     c.seed, c.data.train = seed + (HELPER_SEEDS if name in NEEDED else 0), str(data / "train")
     if arm.teacher:
         c.teacher.path = str(workdir_of(out, tier.name, arm.teacher, seed))
+    if arm.scorer:
+        c.objective.select.scorer = str(workdir_of(out, tier.name, arm.scorer, seed))
     if arm.shuffled:
         c.teacher.path = shuffled(c.teacher.path, f"{workdir}/teacher", seed)
     if arm.parent:
@@ -94,8 +96,10 @@ def _search(tier: Tier, name: str, seed: int, c: ConfigDict, workdir: str) -> di
 def _changed(c: ConfigDict) -> dict[str, Any]:
     """The fields that are not as in config.base(), but for the model, which has a place of its own, and for paths."""
     base = config.flatten(config.base())
-    apart = ("model.", "data.train", "teacher.path", "init.path")
-    return {k: v for k, v in config.flatten(c).items() if v != base[k] and not k.startswith(apart)}
+    paths = ("data.train", "teacher.path", "init.path", "objective.select.scorer")
+    return {
+        k: v for k, v in config.flatten(c).items() if v != base[k] and k not in paths and not k.startswith("model.")
+    }
 
 
 def shuffled(teacher: str, out: str, seed: int) -> str:

@@ -31,9 +31,11 @@ def test_every_arm_is_a_plan(tier):
         c = recipe(tier, tier.models[arm.model], tier.steps_of(tier.models[arm.steps_of or arm.model], arm.length))
         c.update_from_flattened_dict(arm.changes)
         plan.check_numbers(c, 1)
-        helper = arm.teacher and Helper(None, tier.models[arms.ARMS[arm.teacher].model])
-        made = plan.outline(c, ModelConfig(**c.model), helper or None, helper or None)
-        assert bool(made.spans[0].helps) == bool(arm.teacher), name
+        teacher, scorer = (
+            Helper(None, tier.models[arms.ARMS[other].model]) if other else None for other in (arm.teacher, arm.scorer)
+        )
+        made = plan.outline(c, ModelConfig(**c.model), teacher, scorer)
+        assert bool(made.spans[0].helps) == bool(arm.teacher or arm.scorer), name
         if arm.search:
             c.search.update(tier.search)
             large = tier.models["large"]
