@@ -12,9 +12,9 @@ Expected (second hand: reviews), average of 9 one-shot tasks: plain 43.3, rkd 42
 the steps 43.9; plain's loss in 1.56 times fewer steps.
 
 From the paper: LLaMA style, the Pile, about 20B tokens, AdamW and cosine, bfloat16, the teacher's last layer, a weight
-that falls linearly to 0. On the weight (ratio 1 at half the depth here, plain 0.1 at the 3rd layer in :paper) and on
-what is chosen (stop, batch, learning rate, w) see configs/let_1p4b.py; chosen besides: Llama 7B's layers, and tied
-embeddings, since the teacher's 128,256 tokens would otherwise make it 7.5B.
+that falls linearly to 0. On the weight and its end (ratio 2 at half the depth until the teacher's lead is used up;
+plain 0.1 at the 3rd layer until 30% in :paper) and on what is chosen (batch, learning rate, w) see configs/let_1p4b.py;
+chosen besides: Llama 7B's layers, and tied embeddings, since the teacher's 128,256 tokens would otherwise make it 7.5B.
 
 Cost (6 N D, and the teacher's 2 N D): 8.5e20 FLOP, about 10 hours on a v5e-256 at 45% MFU [derived].
 """
@@ -38,10 +38,9 @@ def get_config(variant=""):
         kd.handover, kd.stop = ("constant", 1.0) if "rkd" in v else ("hard", 0.3)
     elif not v & {"plain", "teacher"}:
         align = c.objective.align
-        align.weight, align.scale, align.pairs = (
-            (0.1, "plain", "3:last") if "paper" in v else (1.0, "ratio", "half:last")
+        align.weight, align.scale, align.pairs, align.stop = (
+            (0.1, "plain", "3:last", 0.3) if "paper" in v else (2.0, "ratio", "half:last", "auto")
         )
-        align.stop = 0.3
     c.optimizer.learning_rate, c.optimizer.warmup_steps = 3e-4, 500
     c.mesh.data, c.mesh.fsdp = (1, -1) if "tiny" in v else (-1, 16)
     if "tiny" in v:
