@@ -1,8 +1,11 @@
 """The track's table and plots, made of its lines alone.
 
     python -m benchmarks.track.report [benchmarks/track/results/nano.jsonl ...] [--out=benchmarks/track/results]
+    python -m benchmarks.track.report runs/track/nano.jsonl --out=runs/track \\
+      --against=benchmarks/track/results/nano.jsonl
 
-For each tier OUT/TIER.md, with a row an arm, and OUT/TIER.png.
+For each tier OUT/TIER.md, with a row an arm, and OUT/TIER.png. With --against, which runs came out as others did with
+the same arm and seed: the same numbers on the same machine, on another as far apart as pairs of runs are by chance.
 """
 
 import argparse
@@ -174,7 +177,31 @@ def plot(arms: dict[str, list[Line]], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main(lines: list[str], out: str) -> None:
+def agreement(arms: dict[str, list[Line]], others: dict[str, list[Line]]) -> str:
+    """The runs that both have, and how far apart they ended, as Markdown.
+
+    Raises a UserError where there is none, or where they are of different data.
+    """
+    there = {(line["arm"], line["seed"]): line for lines in others.values() for line in lines}
+    both = [(x, there[x["arm"], x["seed"]]) for lines in arms.values() for x in lines if (x["arm"], x["seed"]) in there]
+    if not both:
+        raise UserError("--against: the two files have no arm and seed in common.")
+    if any(x["data"] != y["data"] for x, y in both if "data" in x and "data" in y):
+        raise UserError("--against: the two files are of different data; their losses cannot be compared.")
+    apart = np.array([x["final"] - y["final"] for x, y in both])
+    noise = 2 * (spread(row.differences for row in compare(others) if ARMS[row.arm].teacher) or np.nan)
+    out = ["| arm | seed | here | there | difference |", "|" + "---|" * 5]
+    out += [
+        f"| {x['arm']} | {x['seed']} | {x['final']:.4f} | {y['final']:.4f} | {difference:+.4f} |"
+        for (x, y), difference in zip(both, apart, strict=True)
+    ]
+    within = int((np.abs(apart) <= noise).sum())
+    return "\n".join(out) + f"\n\n{within} of {len(both)} within {noise:.3f}, twice the spread of pairs there.\n"
+
+
+def main(lines: list[str], out: str, against: str) -> None:
+    if against and len(lines) != 1:
+        raise UserError(f"--against compares the lines of one file, and {len(lines)} are given.")
     for name in lines:
         path = pathlib.Path(name)
         arms = read(path)
@@ -183,6 +210,8 @@ def main(lines: list[str], out: str) -> None:
         (where / f"{path.stem}.md").write_text(text)
         plot(arms, where / f"{path.stem}.png")
         print(text)
+        if against:
+            print(agreement(arms, read(pathlib.Path(against))))
 
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -191,4 +220,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lines", nargs="*", default=sorted(map(str, RESULTS.glob("*.jsonl"))))
     parser.add_argument("--out", default=str(RESULTS))
+    parser.add_argument("--against", default="", help="lines of the same tier, as the committed ones")
     run_flags(main, parser)

@@ -164,7 +164,7 @@ def test_the_table_calls_nothing_better_that_is_noise(tmp_path):
     assert rows["let"].p > 0.05 and rows["let"].steps is None and rows["both"].steps is None
     assert rows["auto"].p == pytest.approx(2 * 0.1241, rel=0.01), "0.02 are 1.155 times the spread of salt's pairs"
     assert rows["auto"].steps is None
-    report.main([str(tmp_path / "nano.jsonl")], str(tmp_path))
+    report.main([str(tmp_path / "nano.jsonl")], str(tmp_path), "")
     assert "| salt | 3 | 1.1100 | -0.9900 | 0.0173 |" in (tmp_path / "nano.md").read_text()
     assert (tmp_path / "nano.png").stat().st_size > 10_000
 
@@ -174,3 +174,18 @@ def test_lines_of_several_data_sets_are_not_compared(tmp_path):
     lines[0]["data"] = {"train": "another"}
     with pytest.raises(UserError, match="lines of 2 data sets"):
         report.read(write(tmp_path / "nano.jsonl", lines))
+
+
+def test_runs_made_again_are_compared_with_those_that_were(tmp_path, capsys):
+    there = lines_of(plain=[2.0, 2.1, 2.2], salt=[1.0, 1.13, 1.2])
+    here = lines_of(plain=[2.0], salt=[1.04], let=[1.0])
+    paths = [str(write(tmp_path / name, lines)) for name, lines in (("nano.jsonl", here), ("there.jsonl", there))]
+    report.main(paths[:1], str(tmp_path), paths[1])
+    printed = capsys.readouterr().out
+    assert "| salt | 0 | 1.0400 | 1.0000 | +0.0400 |" in printed and "1 of 2 within 0.035" in printed
+    with pytest.raises(UserError, match="one file, and 2 are given"):
+        report.main(paths, str(tmp_path), paths[1])
+    with pytest.raises(UserError, match="no arm and seed in common"):
+        report.agreement(report.read(pathlib.Path(paths[0])), {"plain": [{**here[0], "seed": 7}]})
+    with pytest.raises(UserError, match="different data"):
+        report.agreement({"plain": [{**here[0], "data": {"train": "another"}}]}, {"plain": here[:1]})
