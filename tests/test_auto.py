@@ -70,7 +70,8 @@ BOTH = (*AUTO, "--config.objective.align.weight=0.5", "--config.objective.align.
 EACH = ("--config.checkpoint.every=1", "--config.checkpoint.keep=8")
 
 
-def test_a_run_goes_on_exactly_wherever_its_help_ends(home, recipe, data, teacher, monkeypatch):
+@pytest.mark.parametrize("around", [(0,), pytest.param((-1, 1), marks=pytest.mark.slow)])
+def test_a_run_goes_on_exactly_wherever_its_help_ends(home, recipe, data, teacher, monkeypatch, around):
     arguments = (data, teacher, *BOTH, *EACH, "--config.objective.auto.smoothing=0")
     runs.run(recipe, home / "never", *arguments, "--config.objective.auto.end=-9")
     leads = losses(home / "never", "lead")
@@ -95,7 +96,7 @@ def test_a_run_goes_on_exactly_wherever_its_help_ends(home, recipe, data, teache
     assert np.ptp(flops[: ended + 1]) == np.ptp(flops[ended + 1 :]) == 0 and flops[0] > flops[-1]
 
     numbers = {line["step"]: line["loss"] for line in lines(home / "whole") if "loss" in line}
-    for stopped in range(ended - 1, ended + 2):
+    for stopped in (ended + apart for apart in around):
         part = home / f"part{stopped}"
         shutil.copytree(home / "whole", part)
         for step in checkpoint.Run(part).steps():

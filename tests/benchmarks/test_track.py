@@ -76,6 +76,7 @@ def test_a_run_of_the_track(out):
     assert json.loads(json.dumps(line)) == line and abs(line["copying"]) < 1
 
 
+@pytest.mark.slow
 def test_a_searched_cut_is_where_a_run_starts(out):
     space = {
         "params": "0.0035M-0.0045M",
