@@ -14,7 +14,10 @@ from lmboost.surgery import inherit, subnet
 
 # init.kind: what makes the student's parameters of the parent's, from (init.layers, init.fresh, parent, student).
 # "copy" is the parent as it is, of which no part is taken.
-KINDS = {"copy": None, "inherit": inherit.plan, "stack": inherit.plan_stack, "subnet": subnet.plan}
+KINDS = {
+    "copy": None, "inherit": inherit.plan, "stack": inherit.plan_stack, "expand": inherit.plan_expand,
+    "subnet": subnet.plan,
+}  # fmt: skip
 
 
 def check(path: str, kind: str, layers: str, fresh: str) -> None:
@@ -24,7 +27,7 @@ def check(path: str, kind: str, layers: str, fresh: str) -> None:
         if value != default and not path:
             raise UserError(f"init.{name}={value!r}, but init.path is empty: give the model that it is about.")
     if kind == "copy" and (layers or fresh):
-        raise UserError("init.layers and init.fresh need init.kind='inherit' or 'stack', not 'copy'.")
+        raise UserError("init.layers and init.fresh need init.kind='inherit', 'stack' or 'expand', not 'copy'.")
 
 
 def from_init(

@@ -56,7 +56,7 @@ def test_stacking_and_fresh_parts(home, recipe, data, reference):
     [
         (["--config.init.kind=inherit"], "init.kind='inherit', but init.path is empty"),
         (["--config.init.path=REFERENCE", "--config.init.kind=inherits"], r"did you mean 'inherit'\?"),
-        (["--config.init.path=REFERENCE", "--config.init.layers=0-1"], "need init.kind='inherit' or 'stack'"),
+        (["--config.init.path=REFERENCE", "--config.init.layers=0-1"], "need init.kind='inherit', 'stack' or"),
         (["--config.init.path=REFERENCE", "--config.init.kind=inherit", "--config.model.num_layers=5"], "4 of the par"),
         (["--config.init.path=REFERENCE", "--config.init.step=3"], "init.path='.*', step 3: it has steps"),
     ],

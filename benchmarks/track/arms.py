@@ -160,7 +160,7 @@ def _auto() -> dict[str, Arm]:
 
 def _inherited() -> dict[str, Arm]:
     """Two thirds and a half of a model's layers, from what it has learned and from scratch, in as many steps."""
-    inherit, stack = MUON | {"init.kind": "inherit"}, MUON | {"init.kind": "stack"}
+    inherit, stack, expand = (MUON | {"init.kind": kind} for kind in ("inherit", "stack", "expand"))
     half = {"model": "half-depth", "steps_of": "student"}
     return {
         "deep": Arm(MUON, "deep", steps_of="student"),
@@ -170,7 +170,11 @@ def _inherited() -> dict[str, Arm]:
         "half-depth-x2": Arm(MUON, length=2.0, **half),
         "plain-x2": Arm(MUON, length=2.0),
         "two-layers": Arm(MUON, "two-layers"),
+        "two-layers-long": Arm(MUON, "two-layers", length=2.0),
         "stack": Arm(stack, parent="two-layers"),
+        "stack-long": Arm(stack, parent="two-layers-long"),
+        "expand": Arm(expand, parent="two-layers"),
+        "expand-long": Arm(expand, parent="two-layers-long"),
         "half-width": Arm(MUON, "half-width", steps_of="student"),
     }
 
@@ -180,6 +184,7 @@ def _everything() -> dict[str, Arm]:
     stack, inherit = {"init.kind": "stack"}, {"init.kind": "inherit"}
     arms = {"stack-auto": Arm(MUON | stack | AUTO, parent="two-layers", teacher="two-layers")}
     arms["stack-salt"] = Arm(MUON | stack | kd(stop="auto"), parent="two-layers", teacher="two-layers")
+    arms["expand-auto"] = Arm(MUON | {"init.kind": "expand"} | AUTO, parent="two-layers", teacher="two-layers")
     arms["auto-two-layers"] = Arm(MUON | AUTO, teacher="two-layers")
     for name, help_ in {"auto": AUTO, "salt": kd(stop="auto"), "both": both("auto")}.items():
         arms[f"inherit-{name}"] = Arm(MUON | inherit | help_, parent="deep", teacher="deep")

@@ -2,7 +2,8 @@
 
 Inheritune (arXiv 2404.08634): the first layers of a deeper trained model, its embeddings, final norm and head. Its
 baselines: stacking (a shallower model's layers, twice) and hybrid stacking (the deeper one's first layers, twice).
-Everything not named in `Inheritance.fresh` is a bitwise copy.
+Block expansion (LLaMA Pro, arXiv 2401.02415): copies between a shallower model's layers that add nothing at first, so
+that the child computes what the parent does. All else that is not named in `Inheritance.fresh` is a bitwise copy.
 """
 
 import dataclasses
@@ -11,11 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lmboost import ranges
+from lmboost import axes, ranges, sharding
 from lmboost.errors import UserError, one_of
 from lmboost.models import transformer
-from lmboost.models.model_config import ModelConfig
+from lmboost.models.model_config import ModelConfig, Segment
 
 # What a model has besides its layers: where that is in the parameters, and what the user calls it.
 PARTS = {"embed": "embedding", "position_embed": "positions", "final_norm": "final_norm", "head": "head"}
@@ -29,12 +31,14 @@ class Inheritance:
       layers: for each layer of the child, the layer of the parent that it starts as, counted from 0.
       parent, child: what the two are; the child's layers have the sizes of those that they start as.
       fresh: parts (of PARTS) that are not inherited.
+      silent: layers of the child whose output projections begin as zeros.
     """
 
     layers: tuple[int, ...]
     parent: ModelConfig
     child: ModelConfig
     fresh: frozenset[str] = frozenset()
+    silent: frozenset[int] = frozenset()
 
     def __call__(self, params: Mapping[str, Any], random: Mapping[str, Any]) -> dict[str, Any]:
         """The child's parameters.
@@ -44,7 +48,7 @@ class Inheritance:
           random: a parameter tree of the child, from which the fresh parts come.
         """
         rest = {name: (random if PARTS[name] in self.fresh else params)[name] for name in random if name != "layers"}
-        return rest | {"layers": self._take_layers(params)}
+        return rest | {"layers": self._silence(self._take_layers(params))}
 
     def _take_layers(self, params: Mapping[str, Any]) -> Any:
         """The child's layers out of the parent's parameters, stacked as the child's segments are."""
@@ -56,11 +60,30 @@ class Inheritance:
             [jax.tree.map(lambda *xs: jnp.stack(xs), *taken[s.start : s.stop]) for s in self.child.segments()]
         )
 
+    def _silence(self, layers: Any) -> Any:
+        """The child's layers, those that are silent with zeros wherever they give to the residual stream."""
+        norms = ("attn_norm/bias", "mlp_norm/bias") if self.child.norm_placement == "post" else ()
+
+        def silenced(segment: Segment, stack: Any) -> Any:
+            keep = np.array([layer not in self.silent for layer in range(segment.start, segment.stop)])
+
+            def leaf(keys, x):
+                path = sharding.path_name(keys)
+                gives = axes.sides(f"layers/{path}")[1] == ("embed",) or path in norms
+                return x * keep.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype) if gives else x
+
+            return jax.tree_util.tree_map_with_path(leaf, stack)
+
+        if not self.silent:
+            return layers
+        return transformer.join_layers([silenced(*part) for part in transformer.split_layers(self.child, layers)])
+
     def report(self, params: Mapping[str, Any]) -> list[str]:
         """What became of each part of a parameter tree of the child, a line each."""
         parts = [PARTS[name] for name in sorted(set(params) - {"layers"})]
         became = [f"{part}: {'random' if part in self.fresh else 'inherited'}" for part in parts]
-        return [f"layers: of the parent's {ranges.write(self.layers)}", *became]
+        silent = f"; {ranges.write(sorted(self.silent))} add nothing at first" if self.silent else ""
+        return [f"layers: of the parent's {ranges.write(self.layers)}{silent}", *became]
 
 
 def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field: str = "init.") -> Inheritance:
@@ -80,14 +103,27 @@ def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field
 
 def plan_stack(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig) -> Inheritance:
     """As `plan`, but with these layers over and over until the child has enough; empty is all of the parent's."""
+    layers, chosen, times = _repeated(layers, parent, child)
+    return _plan(layers, chosen * times, fresh, parent, child, "init.")
+
+
+def plan_expand(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig) -> Inheritance:
+    """As `plan_stack`, but a layer's copies follow it and are silent: the child computes what these layers do."""
+    layers, chosen, times = _repeated(layers, parent, child)
+    taken = _plan(layers, tuple(layer for layer in chosen for _ in range(times)), fresh, parent, child, "init.")
+    return dataclasses.replace(taken, silent=frozenset(i for i in range(child.num_layers) if i % times))
+
+
+def _repeated(layers: str, parent: ModelConfig, child: ModelConfig) -> tuple[str, tuple[int, ...], int]:
+    """(the layers as a user gives them, the same as numbers, how often the child has each)."""
     layers = layers or f"0-{parent.num_layers - 1}"
     chosen = parse_layers(layers, parent.num_layers, "init.layers")
     if child.num_layers % len(chosen):
         raise UserError(
             f"init.layers={layers!r} are {len(chosen)} layers, but model.num_layers={child.num_layers} is no "
-            "multiple of that: layers are stacked a whole number of times."
+            "multiple of that: layers are repeated a whole number of times."
         )
-    return _plan(layers, chosen * (child.num_layers // len(chosen)), fresh, parent, child, "init.")
+    return layers, chosen, child.num_layers // len(chosen)
 
 
 def _plan(

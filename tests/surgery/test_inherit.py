@@ -54,6 +54,27 @@ def test_the_first_layers_give_the_parents_states(parent):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), part, whole)
 
 
+@pytest.mark.parametrize("post", [False, True])
+@parents
+def test_an_expanded_model_computes_what_its_parent_does(parent, post):
+    parent = dataclasses.replace(parent, norm_placement="post" if post else "pre", parallel_residual=False)
+    child = inherit.of_layers(parent, [layer for layer in range(6) for _ in range(3)])
+    taken = inherit.plan_expand("", "", parent, child)
+    params = jax.jit(taken)(params_of(parent, 0), params_of(child, 1))
+    (h, whole), (g, part) = states(parent, params_of(parent, 0), (2,)), states(child, params, (6,))
+    np.testing.assert_allclose(g, h, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(part[6], whole[2], rtol=1e-6, atol=1e-6)
+    for layer in range(18):  # all else is the parent's
+        (_, new), (_, old) = (
+            transformer.one_layer(m, p, i)
+            for m, p, i in ((child, params, layer), (parent, params_of(parent, 0), layer // 3))
+        )
+        assert_same(new["attn"]["q"], old["attn"]["q"])
+        assert_same(new["mlp"]["up"], old["mlp"]["up"])
+        assert bool(np.any(new["mlp"]["down"]["kernel"])) == (layer % 3 == 0)
+    assert taken.report(params)[0].endswith("; 1-2,4-5,7-8,10-11,13-14,16-17 add nothing at first")
+
+
 def test_chosen_layers_and_stacks():
     parent = PARENTS["smollm2-135m"]
     before = params_of(parent, 0)["layers"]
