@@ -37,9 +37,9 @@ def base() -> ConfigDict:
     c.init = init = ConfigDict()
     init.path = ""  # a run, a checkpoint or hf:DIR whose parameters the student starts with
     init.step = -1  # of a run: which checkpoint; -1 is the last
-    # "inherit": layers of a deeper model (Inheritune); "stack": layers, over and over; "expand": each followed by copies
-    # that add nothing at first, so that the student begins as those layers are (LLaMA Pro); "subnet": layers of a
-    # larger model, and of everything in them the first entries, as many as the student has
+    # "inherit": layers of a deeper model (Inheritune); "stack": layers, over and over; "expand": each, and behind it
+    # copies that add nothing at first, so that the student begins as those layers are (LLaMA Pro); "subnet": layers
+    # of a larger model, and of everything in them the first entries, as many as the student has
     init.kind = "copy"
     init.layers = ""  # of the parent, counted from 0, as "0-5,8"; empty: the first ones, or all ("stack", "expand")
     init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)
