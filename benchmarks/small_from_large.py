@@ -6,8 +6,8 @@
 For each seed, on the quickstart's data: the quickstart's student (1.45M parameters) is the parent. Three starts of
 0.66 to 0.70M parameters (the best cut of a search, the first entries of everything, random parameters), each with and
 without distillation from the parent, and half of the parent's layers, inherited and from scratch; all for as many steps
-as the parent's own training. Every run is a call of the public verbs; what is finished is not run again, and data and
-parents are those of benchmarks/quickstart.py where that was run before. About 15 minutes a seed on two CPU cores.
+as the parent's own training, with AdamW. Every run is a call of the public verbs; what is finished is not run again.
+About 15 minutes a seed on two CPU cores.
 
 The result has the curves (small_from_large.png, the mean over seeds) and what each start takes to reach the loss of
 the random start at its end: tokens, FLOPs, and FLOPs with those of the parent's training and of the search.
@@ -36,6 +36,10 @@ SEARCH = {
 DISTIL = {
     "weight": 0.7, "ce_weight": 0.3, "temperature": 0.9, "temperature_on": "both", "handover": "constant", "stop": 1.0,
 }  # fmt: skip
+ADAMW = {
+    "name": "adamw", "learning_rate": 4e-3, "schedule": "cosine", "final_fraction": 0.1, "warmup_steps": 200,
+    "weight_decay": 0.1,
+}  # fmt: skip
 # Arm: (name of its runs, start, is it helped by the parent).
 ARMS = {
     "random start": ("small-random", "random", False),
@@ -62,7 +66,7 @@ def config_flags(prefix: str, values: dict) -> list[str]:
 
 def train(out: str, seed: int, name: str, start: str, helped: bool) -> list[dict]:
     """The evaluations of a run, as metrics.jsonl has them."""
-    parent, workdir = f"{out}/{seed}/plain", f"{out}/{seed}/{name}"
+    parent, workdir = f"{out}/{seed}/parent", f"{out}/{seed}/{name}"
     flags = {
         "random": config_flags("model", SHAPE),
         "cut": [*config_flags("model", SHAPE), f"--config.init.path={parent}", "--config.init.kind=subnet"],
@@ -74,7 +78,7 @@ def train(out: str, seed: int, name: str, start: str, helped: bool) -> list[dict
     }[start]
     searched = start in ("searched", "shape")
     recipe = f"{out}/{seed}/search/winner.py" if searched else "configs/quickstart.py:plain"
-    flags += [f"--config.data.train={out}/data", f"--config.seed={seed}"]
+    flags += [f"--config.data.train={out}/data", f"--config.seed={seed}", *config_flags("optimizer", ADAMW)]
     if helped:
         flags += [*config_flags("objective.kd", DISTIL), f"--config.teacher.path={parent}",
                   "--config.teacher.dtype=float32"]  # fmt: skip
@@ -89,12 +93,12 @@ def evaluations(workdir: str) -> list[dict]:
 
 def search(out: str, seed: int) -> float:
     """Searches the cut of one seed; returns the FLOPs of all its forward passes."""
-    flags = [f"--config.data.train={out}/data", f"--config.seed={seed}", f"--config.init.path={out}/{seed}/plain"]
+    flags = [f"--config.data.train={out}/data", f"--config.seed={seed}", f"--config.init.path={out}/{seed}/parent"]
     workdir = f"{out}/{seed}/search"
     if not os.path.exists(f"{workdir}/winner.py"):
         verb("search", "--config=configs/quickstart.py:plain", f"--workdir={workdir}", *flags,
              *config_flags("search", SEARCH))  # fmt: skip
-    with open(f"{out}/{seed}/plain/manifest.json") as file:
+    with open(f"{out}/{seed}/parent/manifest.json") as file:
         parent = ModelConfig(**json.load(file)["model"])  # candidates are computed in its shape
     return flops.forward_flops(parent, 128) * SEARCH["candidates"] * SEARCH["rows"] * 128
 
@@ -112,7 +116,7 @@ def crossing(lines: list[dict], target: float, field: str) -> float:
 
 def run_seed(out: str, seed: int) -> tuple[list[str], dict[str, list[dict]]]:
     """Rows of the table, and the evaluations of each arm."""
-    parent = train(out, seed, "plain", "plain", False)
+    parent = train(out, seed, "parent", "plain", False)
     searching = search(out, seed)
     runs = {arm: train(out, seed, *how) for arm, how in ARMS.items()}
     base = runs["random start"]

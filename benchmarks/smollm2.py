@@ -46,7 +46,9 @@ NEW_TOKENS = 64
 # A student for the same vocabulary: 2.7M parameters besides the embedding.
 STUDENT = {
     "model.vocab_size": 49152, "model.num_layers": 6, "model.d_model": 192, "model.num_heads": 6,
-    "model.num_kv_heads": 6, "model.head_dim": 32, "model.mlp_dim": 512,
+    "model.num_kv_heads": 6, "model.head_dim": 32, "model.mlp_dim": 512, "optimizer.name": "adamw",
+    "optimizer.learning_rate": 4e-3, "optimizer.schedule": "cosine", "optimizer.final_fraction": 0.1,
+    "optimizer.weight_decay": 0.1,
 }  # fmt: skip
 ARMS = {
     "plain": {},
