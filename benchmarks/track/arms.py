@@ -174,8 +174,7 @@ def _inherited() -> dict[str, Arm]:
         "stack": Arm(stack, parent="two-layers"),
         "stack-long": Arm(stack, parent="two-layers-long"),
         "stack-x0.8": Arm(stack, parent="two-layers", length=0.8),
-        "stack-long-x0.6": Arm(stack, parent="two-layers-long", length=0.6),
-        "stack-long-x0.7": Arm(stack, parent="two-layers-long", length=0.7),
+        **{f"stack-long-x{x:g}": Arm(stack, parent="two-layers-long", length=x) for x in (0.6, 0.7, 0.8)},
         "expand": Arm(expand, parent="two-layers"),
         "expand-long": Arm(expand, parent="two-layers-long"),
         "half-width": Arm(MUON, "half-width", steps_of="student"),
@@ -209,7 +208,8 @@ def _cuts() -> dict[str, Arm]:
         "cut-shape": {"winner": "search", "fresh": True},
         "small": {},
     }
-    return large | search | {
+    shorter = {"cut-x0.4": Arm(MUON, winner="search", length=0.4, steps_of="student")}
+    return large | search | shorter | {
         f"{name}{'-kd' if teacher else ''}{'-short' if length < 1 else ''}": Arm(
             MUON | (distilled if teacher else {}) | ({"init.kind": "subnet"} if name == "cut-first" else {}),
             teacher=teacher, length=length, steps_of="student", **start,
