@@ -1,4 +1,4 @@
-"""Compares runs: how many tokens and FLOPs each needs to reach the baseline's final validation loss.
+"""Compares runs: how many tokens, FLOPs and seconds each needs to reach the baseline's final validation loss.
 
     python -m lmboost.report --baseline=DIR --run=DIR [--run=DIR ...] [--helper=DIR] --out=DIR
 
@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from lmboost.errors import UserError, run_flags
 from lmboost.run import goodput, metrics, progress
 
 FRACTIONS = (0.1, 0.25, 0.5, 0.75, 1.0)  # of the baseline's tokens
+SPENT = ("flops", "seconds")  # what a run costs besides tokens; columns of Run
 FINAL_FIELDS = ("val_loss", "val_perplexity", "val_bits_per_byte")
 TIMES = {  # kinds of goodput.Goodput, as the lines of the table
     "step": "steps", "start": "starting", "restore": "restoring", "compile": "compiling", "data": "waiting for data",
@@ -34,12 +35,13 @@ TIMES = {  # kinds of goodput.Goodput, as the lines of the table
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run's evaluations in the order of its tokens. `flops` is cumulative, NaN where it was not written."""
+    """A run's evaluations in the order of its tokens. `flops` and `seconds` are cumulative, NaN where not known."""
 
     name: str
     tokens: np.ndarray
     val_loss: np.ndarray
     flops: np.ndarray
+    seconds: np.ndarray  # of steps alone, by the machine's clock
     steps: np.ndarray
     final: dict[str, float | None]  # FINAL_FIELDS over the last evaluations
     trained_tokens: float  # up to its last line
@@ -53,6 +55,7 @@ class Crossing:
 
     tokens: float
     flops: float | None
+    seconds: float | None
     first: bool = False
 
 
@@ -61,16 +64,8 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
 
     Raises a UserError where there is no such run, or it has fewer than `last` evaluations.
     """
-    by_step: dict[int, dict[str, Any]] = {}
-    try:
-        for line in metrics.read(directory):  # numbers of one step may be on several lines
-            by_step.setdefault(line["step"], {}).update({k: v for k, v in line.items() if v is not None})
-    except OSError as error:
-        raise UserError(
-            f"{flag}={directory}: there is no run, as {metrics.FILE} cannot be read ({error.strerror or error}). "
-            "Give the --workdir of a run."
-        ) from error
-    lines = [by_step[s] for s in sorted(by_step) if "val_loss" in by_step[s] and "tokens" in by_step[s]]
+    every = _lines(directory, flag)
+    lines = [line for line in every if "val_loss" in line and "tokens" in line]
     if len(lines) < last:
         raise UserError(
             f"{flag}={directory}: {len(lines)} evaluations with val_loss and tokens in {metrics.FILE}, "
@@ -83,12 +78,44 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
         tokens=column("tokens"),
         val_loss=column("val_loss"),
         flops=column("flops"),
+        seconds=column("seconds"),
         steps=column("step"),
         final={k: float(np.mean(v)) if v else None for k, v in tail.items()},
-        trained_tokens=max(line.get("tokens", 0.0) for line in by_step.values()),
+        trained_tokens=max(line.get("tokens", 0.0) for line in every),
         fingerprint=(checkpoint.Run(directory).manifest() or {}).get("data", {}).get("fingerprint"),
         time=goodput.read(directory),
     )
+
+
+def _lines(directory: str, flag: str) -> list[dict[str, Any]]:
+    """A line a step, of metrics.jsonl, with "seconds" besides; a UserError where there is no run."""
+    by_step: dict[int, dict[str, Any]] = {}
+    try:
+        for line in metrics.read(directory):  # numbers of one step may be on several lines
+            by_step.setdefault(line["step"], {}).update({k: v for k, v in line.items() if v is not None})
+    except OSError as error:
+        raise UserError(
+            f"{flag}={directory}: there is no run, as {metrics.FILE} cannot be read ({error.strerror or error}). "
+            "Give the --workdir of a run."
+        ) from error
+    lines = [by_step[step] for step in sorted(by_step)]
+    _add_seconds(lines)
+    return lines
+
+
+def _add_seconds(lines: Sequence[dict[str, Any]]) -> None:
+    """Adds to lines in their order how long steps have taken up to them, by the tokens a second of each stretch.
+
+    Stretches without that number (the first one, in which the step is compiled) are taken to be as fast as the next.
+    """
+    told = [line for line in lines if line.get("tokens_per_second")]
+    at = [line["tokens"] for line in told]
+    seconds, before = 0.0, 0.0
+    for line in lines:
+        if told and "tokens" in line:
+            rate = told[min(np.searchsorted(at, line["tokens"]), len(told) - 1)]["tokens_per_second"]
+            seconds, before = seconds + (line["tokens"] - before) / rate, line["tokens"]
+            line["seconds"] = seconds
 
 
 def name_of(directory: str) -> str:
@@ -96,17 +123,14 @@ def name_of(directory: str) -> str:
     return epath.Path(directory if "://" in directory else os.path.abspath(directory)).name
 
 
-def training_flops(directory: str) -> float:
-    """All FLOPs of a finished run, for what its training cost."""
-    try:
-        values = [line["flops"] for line in metrics.read(directory) if line.get("flops") is not None]
-    except OSError as error:
-        raise UserError(f"--helper={directory}: {metrics.FILE} cannot be read ({error.strerror or error}).") from error
-    if not values:
+def training_cost(directory: str) -> dict[str, float | None]:
+    """{"flops", "seconds"} of all steps of a finished run, for what its training cost."""
+    cost = {name: [line[name] for line in _lines(directory, "--helper") if name in line] for name in SPENT}
+    if not cost["flops"]:
         raise UserError(
             f"--helper={directory}: {metrics.FILE} has no flops, so its cost is not known. Leave --helper out."
         )
-    return float(max(values))
+    return {name: float(max(values)) if values else None for name, values in cost.items()}
 
 
 def crossing(run: Run, target: float) -> Crossing | None:
@@ -116,10 +140,10 @@ def crossing(run: Run, target: float) -> Crossing | None:
         return None
     i = below[0]
     if i == 0:
-        return Crossing(float(run.tokens[0]), _number(run.flops[0]), first=True)
+        return Crossing(float(run.tokens[0]), _number(run.flops[0]), _number(run.seconds[0]), first=True)
     x = (run.val_loss[i - 1] - target) / (run.val_loss[i - 1] - run.val_loss[i])
     at = lambda a: float(a[i - 1] + x * (a[i] - a[i - 1]))  # noqa: E731
-    return Crossing(at(run.tokens), _number(at(run.flops)))
+    return Crossing(at(run.tokens), _number(at(run.flops)), _number(at(run.seconds)))
 
 
 def loss_at(run: Run, tokens: float) -> float | None:
@@ -127,11 +151,12 @@ def loss_at(run: Run, tokens: float) -> float | None:
     return _number(np.interp(tokens, run.tokens, run.val_loss, left=np.nan, right=np.nan))
 
 
-def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = None) -> dict[str, Any]:
+def compare(baseline: Run, runs: Sequence[Run], helper: Mapping[str, float | None] | None = None) -> dict[str, Any]:
     """The report as plain numbers.
 
-    The target is the baseline's final loss, and what it spent on it is its whole run. FLOPs of a run hold its
-    helpers' forward passes; `helper_flops` is what training the helper cost, added to every run but the baseline.
+    The target is the baseline's final loss, and what it spent on it is its whole run. FLOPs and seconds of a run hold
+    its helpers' forward passes; `helper` is what training the helper cost (`training_cost`), added to every run but
+    the baseline.
 
     Raises a UserError where runs were evaluated on different data.
     """
@@ -143,13 +168,21 @@ def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = Non
                 "Train both on one data set."
             )
     target, total_tokens = baseline.final["val_loss"], float(baseline.tokens[-1])
-    total_flops = _number(baseline.flops[-1])
+    total = {name: _number(getattr(baseline, name)[-1]) for name in SPENT}
+
+    def spent(name: str, reached: Crossing | None, run: Run) -> dict[str, float | None]:
+        cost = reached and getattr(reached, name)
+        trained = helper and helper[name]
+        with_helper = cost + trained if run is not baseline and None not in (cost, trained) else None
+        return {
+            f"{name}_to_target": cost,
+            f"{name}_fraction": _ratio(cost, total[name]),
+            f"{name}_with_helper": with_helper,
+            f"{name}_with_helper_fraction": _ratio(with_helper, total[name]),
+        }
 
     def row(run: Run) -> dict[str, Any]:
         reached = crossing(run, target)
-        flops = reached and reached.flops
-        helped = run is not baseline and None not in (flops, helper_flops)
-        with_helper = flops + helper_flops if helped else None
         return {
             "name": run.name,
             "trained_tokens": run.trained_tokens,
@@ -160,13 +193,11 @@ def compare(baseline: Run, runs: Sequence[Run], helper_flops: float | None = Non
             "reached_by_first_evaluation": bool(reached and reached.first),
             "tokens_to_target": reached and reached.tokens,
             "tokens_fraction": _ratio(reached and reached.tokens, total_tokens),
-            "flops_to_target": flops,
-            "flops_fraction": _ratio(flops, total_flops),
-            "flops_with_helper": with_helper,
-            "flops_with_helper_fraction": _ratio(with_helper, total_flops),
+            **spent("flops", reached, run),
+            **spent("seconds", reached, run),
         } | ({"goodput": _time(run.time)} if run.time else {})
 
-    about = {"target_loss": target, "helper_flops": helper_flops}
+    about = {"target_loss": target} | {f"helper_{name}": helper and helper[name] for name in SPENT}
     return about | {"baseline": row(baseline), "runs": [row(run) for run in runs]}
 
 
@@ -191,27 +222,34 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """[(title, header and rows as text)]."""
     rows = [report["baseline"], *report["runs"]]
     losses = [["run", *(f"{float(f):.0%}" for f in report["baseline"]["loss_at"]), "final"]]
-    costs = [["run", "tokens", "x", "FLOPs", "x"]]
-    spent = {"flops_to_target": "flops_fraction"}
-    if report["helper_flops"] is not None:
-        costs[0] += ["with helper's training", "x"]
-        spent["flops_with_helper"] = "flops_with_helper_fraction"
+    costs = [["run", "tokens", "x", "FLOPs", "x", "seconds", "x"]]
+    whole = [["run", "FLOPs", "x", "seconds", "x"]]
     for row in rows:
         name = _title(report, row)
         losses.append([name, *(_cell(v, "{:.4f}") for v in [*row["loss_at"].values(), row["final"]["val_loss"]])])
         bound = "≤ " if row["reached_by_first_evaluation"] else ""
         tokens = row["tokens_to_target"]
         tokens = "-" if tokens is None else bound + progress.short(tokens)
-        cells = [name, tokens, _cell(row["tokens_fraction"], bound + "{:.2f}")]
-        for flops, multiple in spent.items():
-            cells += [_cell(row[flops], bound + "{:.3g}"), _cell(row[multiple], bound + "{:.2f}")]
-        costs.append(cells)
+        costs.append([name, tokens, _cell(row["tokens_fraction"], bound + "{:.2f}"), *_spent(row, "to_target", bound)])
+        if row is not report["baseline"]:
+            whole.append([name, *_spent(row, "with_helper", bound)])
     target = report["target_loss"]
     tables = [
         ("Validation loss after a share of the baseline's tokens, nats per token", losses),
         (f"Cost of the baseline's final loss ({target:.4f}); x is a multiple of the baseline's whole run", costs),
     ]
+    if report["helper_flops"] is not None:
+        tables.append(("The same with the helper's training", whole))
     return tables + ([_time_table(report)] if any("goodput" in row for row in rows) else [])
+
+
+def _spent(row: dict[str, Any], what: str, bound: str) -> list[str]:
+    """FLOPs and seconds of a row, each with its multiple of the baseline's, as cells."""
+    multiple = {"to_target": "fraction", "with_helper": "with_helper_fraction"}[what]
+    cells = []
+    for name, form in (("flops", "{:.3g}"), ("seconds", "{:.0f}")):
+        cells += [_cell(row[f"{name}_{what}"], bound + form), _cell(row[f"{name}_{multiple}"], bound + "{:.2f}")]
+    return cells
 
 
 def _time_table(report: dict[str, Any]) -> tuple[str, list[list[str]]]:
@@ -242,6 +280,11 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
     ]
     if (cost := report["helper_flops"]) is not None:
         notes.append(f"Training the helper cost {cost:.3g} FLOPs, added to every run but the baseline.")
+    if report["baseline"]["seconds_to_target"] is not None:
+        notes.append(
+            "Seconds are of training steps alone, as the clock had them: they can be compared where the machine was "
+            "the same and had nothing else to do."
+        )
     rows = [report["baseline"], *report["runs"]]
     if any(row["goodput"]["attempts"] > 1 for row in rows if "goodput" in row):
         notes.append(
@@ -311,8 +354,9 @@ def main(baseline: str, run: Sequence[str], helper: Sequence[str], out: str, las
     helper = [os.path.expanduser(directory) for directory in helper]
     runs = [load_run(baseline, last, "--baseline"), *(load_run(directory, last) for directory in run)]
     runs = distinct(runs, [baseline, *run])
-    cost = sum(map(training_flops, helper)) if helper else None
-    write(compare(runs[0], runs[1:], cost), runs, out, last)
+    costs = [training_cost(directory) for directory in helper]
+    cost = {name: sum(values) if None not in (values := [c[name] for c in costs]) else None for name in SPENT}
+    write(compare(runs[0], runs[1:], cost if costs else None), runs, out, last)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -320,7 +364,7 @@ def flags() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", required=True, metavar="DIR", help="the run to compare with")
     runs = {"action": "append", "metavar": "DIR"}
     parser.add_argument("--run", **runs, required=True, help="a run to compare; may be repeated")
-    helper = "run that trained the helper; its FLOPs are added to every --run in a column of its own; may be repeated"
+    helper = "run that trained the helper; what it cost is added to every --run in a table of its own; may be repeated"
     parser.add_argument("--helper", **runs, default=[], help=helper)
     parser.add_argument("--out", required=True, metavar="DIR", help="where report.md, report.json and report.png go")
     parser.add_argument("--last", type=int, default=1, metavar="N", help="average the last N evaluations (default 1)")

@@ -41,7 +41,7 @@ def a_run(losses, tokens=None, name="run"):
     losses = np.asarray(losses, float)
     tokens = np.arange(1.0, len(losses) + 1) * 1000 if tokens is None else np.asarray(tokens, float)
     return report.Run(
-        name, tokens, losses, 10 * tokens, tokens / 10, {"val_loss": float(losses[-1])}, float(tokens[-1])
+        name, tokens, losses, 10 * tokens, tokens / 50, tokens / 10, {"val_loss": float(losses[-1])}, float(tokens[-1])
     )
 
 
@@ -57,6 +57,7 @@ def test_a_crossing_is_the_first_point_of_the_curve_at_the_target(losses, target
     if not found.first:
         assert report.loss_at(run, found.tokens) == pytest.approx(target, abs=1e-6)
         assert found.flops == pytest.approx(10 * found.tokens), "FLOPs are taken at the same place"
+        assert found.seconds == pytest.approx(found.tokens / 50)
     earlier = run.val_loss[run.tokens < found.tokens - 1e-6]
     assert (earlier > target).all()
 
@@ -89,11 +90,33 @@ def test_the_report_of_a_faster_and_a_slower_run(tmp_path, capsys):
     never = out["runs"][1]
     assert not never["reached"] and never["tokens_to_target"] is None and never["flops_with_helper"] is None
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| fast | 2.5k | 0.62 | 3e+04 | 0.75 | 3.2e+04 | 0.80 |" in text
+    assert "| fast | 2.5k | 0.62 | 3e+04 | 0.75 | - | - |" in text and "| fast | 3.2e+04 | 0.80 | - | - |" in text
     assert "| slow | - | - | - | - | - | - |" in text and "![Validation loss against tokens](report.png)" in text
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
     shown = capsys.readouterr().out
     assert "plain (baseline)" in shown and "0.62" in shown and "2000 FLOPs" not in text
+
+
+def test_seconds_are_those_of_the_steps(tmp_path):
+    """By the tokens a second that were written down; where none are, as at the start, by the next ones."""
+
+    def timed(name, losses, rates):
+        save(tmp_path / name, losses)
+        with open(tmp_path / name / "metrics.jsonl", "a") as file:
+            for i, rate in enumerate(rates, 1):
+                file.write(json.dumps({"step": 100 * i, "tokens_per_second": rate}) + "\n")
+        return str(tmp_path / name)
+
+    baseline, helper = timed("plain", [5.0, 4.0, 3.0], [None, 100.0, 50.0]), timed("helper", [6.0], [20.0])
+    helped, silent = timed("helped", [4.0, 2.0], [50.0, 25.0]), save(tmp_path / "silent", [3.0])
+    flags = [f"--baseline={baseline}", f"--run={helped}", f"--run={silent}"]
+    out = run_main(tmp_path, *flags, f"--helper={helper}")
+    assert out["baseline"]["seconds_to_target"] == pytest.approx(10 + 10 + 20)
+    row = out["runs"][0]
+    assert row["seconds_to_target"] == pytest.approx(20 + 20) and row["seconds_fraction"] == pytest.approx(1.0)
+    assert row["seconds_with_helper_fraction"] == pytest.approx((40 + 50) / 40) and out["helper_seconds"] == 50
+    assert out["runs"][1]["reached"] and out["runs"][1]["seconds_to_target"] is None
+    assert run_main(tmp_path, *flags, f"--helper={silent}")["runs"][0]["seconds_with_helper"] is None
 
 
 def test_the_final_loss_may_be_the_mean_of_the_last_evaluations(tmp_path):
@@ -211,7 +234,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         ([f"--baseline={good}", f"--run={other}"], "other and the baseline good .* different data .*b and a"),
         (
             [f"--baseline={good}", f"--run={good}", f"--helper={missing}"],
-            "--helper=.*missing: metrics.jsonl cannot be read",
+            "--helper=.*missing: there is no run, as metrics.jsonl",
         ),
         ([f"--baseline={good}", f"--run={good}", f"--helper={free}"], "--helper=.*free: metrics.jsonl has no flops"),
         ([f"--baseline={good}", f"--run={edited}"], "edited.manifest.json: the whole is a list"),
