@@ -1,18 +1,19 @@
 """What the track found best, at 124M parameters: a recipe to begin one's own with, and the track's tier for a GPU.
 
 Commands, once text like FineWeb is prepared with GPT-2's tokenizer (TOKENIZER/tokenizer.json, --record_tokens=16384):
-  python -m lmboost.train --config=configs/recommended.py:teacher --config.data.train=TEXT --workdir=RUNS/small
+  python -m lmboost.train --config=configs/recommended.py:shallow --config.data.train=TEXT --workdir=RUNS/6-layers
   python -m lmboost.train --config=configs/recommended.py --config.data.train=TEXT \\
-    --config.teacher.path=RUNS/small --workdir=RUNS/124m
+    --config.init.path=RUNS/6-layers --workdir=RUNS/124m
 
-Variants: (none) guided by a smaller model that is at hand, until its lead is used up; inherit: the first 12 layers of
-a deeper one that is at hand (--config.init.path=RUNS/deep), alone from there on; plain: neither; teacher, reference:
-the smaller and the deeper model themselves. With ",tiny" (as in :inherit,tiny) the same switches at a size that runs
-in seconds on a CPU.
+Variants: (none) begins with the layers of a model of half the depth that is at hand, each twice; guided: from scratch,
+a smaller model of any shape that is at hand is its guide until its lead is used up (--config.teacher.path=RUNS/small);
+inherit: begins with the first 12 layers of a deeper one (--config.init.path=RUNS/deep); plain: none of these; shallow,
+teacher, reference: the models of half the depth, the smaller and the deeper one themselves. With ",tiny" (as in
+:guided,tiny) the same switches at a size that runs in seconds on a CPU.
 
 Measured at 0.1M and 0.4M parameters, not at this size (benchmarks/track/results): README.md has the table, what it
 rests on, and what other help there is. Any decoder takes the place of this one: the fields of `model`, and as many
-steps as it is to have.
+steps as it is to have; a run that begins with another's layers needs fewer.
 
 The optimizer is the one that plain runs of the track were best with: Muon, a rate that falls linearly to 0, b2 = 0.98,
 no weight decay (3B tokens are not many). Chosen here, and not tuned at this size: a peak of 4e-3, half of the track's;
@@ -20,7 +21,7 @@ the teacher's shape, two fifths of the student's parameters, since a tenth was n
 
 Target: a validation loss of 3.28 on FineWeb, which public 124M runs of Muon reach after some 3.2B tokens [second
 hand]; the question is whether help reaches it in fewer FLOPs. Cost of plain (model FLOPs, lmboost/flops.py): 2.6e18, 2
-hours on an H100 at 40% of its bfloat16 peak; the teacher 1.1e18 once; help adds 3% [all derived]. A batch in 16 parts
+hours on an H100 at 40% of its bfloat16 peak; shallow 1.7e18 and the teacher 1.1e18 once; a guide adds 3% [derived]. A batch in 16 parts
 is for one GPU of 80 GB; with eight of them --config.accumulation=2.
 """
 
@@ -28,13 +29,14 @@ from lmboost import config
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import tiny
 
-VARIANTS = ("plain", "inherit", "teacher", "reference", "tiny")
+VARIANTS = ("guided", "inherit", "plain", "shallow", "teacher", "reference", "tiny")
 
 STUDENT = ModelConfig(
     vocab_size=50257, vocab_multiple=128, num_layers=12, d_model=768, num_heads=12, num_kv_heads=12, mlp_dim=2048,
     max_seq_len=1024, qk_norm="head", tie_embeddings=True, dtype="bfloat16", remat="dots",
 )  # fmt: skip
 OTHERS = {
+    "shallow": {"num_layers": 6},
     "teacher": {"num_layers": 8, "d_model": 512, "num_heads": 8, "num_kv_heads": 8, "mlp_dim": 1376},
     "reference": {"num_layers": 18},
 }
@@ -47,16 +49,17 @@ def get_config(variant=""):
     c = config.base()
     c.steps, c.batch_size, c.seq_len, c.accumulation = 6200, 512, 1024, 16
     c.model = config.model(STUDENT, **OTHERS.get(arm, {}))
-    if arm == "inherit":
-        c.init.kind = "inherit"
-    elif not arm:
+    c.init.kind = {"": "stack", "inherit": "inherit"}.get(arm, "copy")
+    if arm == "guided":
         align = c.objective.align
         align.weight, align.scale, align.pairs, align.stop = 2.0, "ratio", "half:last", "auto"
     c.optimizer.update({"name": "muon", "learning_rate": 4e-3, "schedule": "linear", "final_fraction": 0.0})
     c.optimizer.update({"b2": 0.98, "weight_decay": 0.0, "warmup_steps": 310})
     c.checkpoint.every, c.eval.every = 620, 310
     if "tiny" in v:
-        c.model = config.model(tiny(ModelConfig(**c.model), layers={"teacher": 2, "reference": 4}.get(arm, 3)))
+        c.model = config.model(
+            tiny(ModelConfig(**c.model), layers={"teacher": 2, "shallow": 1, "reference": 4}.get(arm, 2))
+        )
         config.shrink(c)
         c.accumulation = 1
     return c
