@@ -20,9 +20,9 @@ no weight decay (3B tokens are not many). Chosen here, and not tuned at this siz
 the teacher's shape, two fifths of the student's parameters, since a tenth was no help and a fifth hardly.
 
 Target: a validation loss of 3.28 on FineWeb, which public 124M runs of Muon reach after some 3.2B tokens [second
-hand]; the question is whether help reaches it in fewer FLOPs. Cost of plain (model FLOPs, lmboost/flops.py): 2.6e18, 2
-hours on an H100 at 40% of its bfloat16 peak; shallow 1.7e18 and the teacher 1.1e18 once; a guide adds 3% [derived]. A batch in 16 parts
-is for one GPU of 80 GB; with eight of them --config.accumulation=2.
+hand]; the question is who reaches it in fewer FLOPs. Cost of plain (model FLOPs, lmboost/flops.py): 2.6e18, 2 hours on
+an H100 at 40% of its bfloat16 peak; shallow 1.7e18 and the teacher 1.1e18 once; a guide adds 3% [derived]. A batch in
+16 parts is for one GPU of 80 GB; with eight of them --config.accumulation=2.
 """
 
 from lmboost import config
@@ -57,9 +57,7 @@ def get_config(variant=""):
     c.optimizer.update({"b2": 0.98, "weight_decay": 0.0, "warmup_steps": 310})
     c.checkpoint.every, c.eval.every = 620, 310
     if "tiny" in v:
-        c.model = config.model(
-            tiny(ModelConfig(**c.model), layers={"teacher": 2, "shallow": 1, "reference": 4}.get(arm, 2))
-        )
+        c.model = config.model(tiny(ModelConfig(**c.model), layers={"shallow": 1, "reference": 4}.get(arm, 2)))
         config.shrink(c)
         c.accumulation = 1
     return c
