@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from benchmarks.track import arms, copying, one, report
+from benchmarks.track import arms, copying, one, report, seconds
 from benchmarks.track.__main__ import Runner, ordered
 from benchmarks.track.setting import NANO, TIERS, decoder, recipe
 from lmboost import checkpoint, plan
@@ -102,6 +102,13 @@ def test_a_searched_cut_is_where_a_run_starts(out):
         and "curve" not in found[0]
         and found[0]["final"] < line["curve"][0][1]
     )
+
+
+def test_a_step_is_timed_that_trains(monkeypatch):
+    monkeypatch.setattr(seconds, "STEPS", 2)
+    steps, cost = seconds.stepper(TINY, "auto")
+    steps()
+    assert cost > seconds.stepper(TINY, "plain")[1] > 0
 
 
 def test_only_what_was_read_before_counts_as_read():
