@@ -165,6 +165,7 @@ def _inherited() -> dict[str, Arm]:
     return {
         "deep": Arm(MUON, "deep", steps_of="student"),
         "inherit": Arm(inherit, parent="deep"),
+        "inherit-x1.4": Arm(inherit, parent="deep", length=1.4),  # the FLOPs of "deep"
         "inherit-half": Arm(inherit, parent="deep", **half),
         "half-depth": Arm(MUON, **half),
         "half-depth-x2": Arm(MUON, length=2.0, **half),
