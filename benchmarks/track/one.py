@@ -33,6 +33,7 @@ from lmboost.search import job
 from lmboost.train import train
 
 ASKED = {"final": "train", "bible": "bible", "javascript": "javascript"}  # name of the loss: data of `texts.make`
+FOUND = "found"  # in the workdir of a search: its own, in which nothing else may be
 HELPER_SEEDS = 1000  # above the student's: a helper has not read the student's rows in the student's order
 
 
@@ -59,7 +60,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     if arm.search:
         return _search(tier, name, seed, c, workdir)
     if arm.winner:
-        found = config.load_recipe(f"{workdir_of(out, tier.name, arm.winner, seed)}/winner.py")
+        found = config.load_recipe(f"{workdir_of(out, tier.name, arm.winner, seed)}/{FOUND}/winner.py")
         c.model, model = found.model, ModelConfig(**found.model)
         c.init.update({} if arm.fresh else found.init)
     train(c, workdir)
@@ -85,7 +86,7 @@ def _search(tier: Tier, name: str, seed: int, c: ConfigDict, workdir: str) -> di
     """Searches, and returns a line whose loss is that of the best cut before it is trained."""
     c.search.update({"candidates": 384, "population": 16, "elites": 4, "rows": 64, "batch": 1} | tier.search)
     began = time.monotonic()
-    _, loss = job.search(c, workdir)
+    _, loss = job.search(c, f"{workdir}/{FOUND}")
     cost = flops.forward_flops(tier.models["large"], c.seq_len) * c.search.candidates * c.search.rows * c.seq_len
     return {
         "tier": tier.name, "arm": name, "seed": seed, "parent": ARMS[name].parent, "final": loss, "flops": cost,

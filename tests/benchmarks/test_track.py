@@ -88,13 +88,15 @@ def test_a_searched_cut_is_where_a_run_starts(out):
     }
     tier = dataclasses.replace(TINY, search=space)
     for name in ("large", "search", "cut-short", "cut-shape-short"):
-        line = one.run(tier, name, 3, out)
         directory = arms.workdir_of(out, "nano", name, 3)
+        directory.mkdir(parents=True)
+        directory.joinpath("log.txt").touch()  # as the runner does
+        line = one.run(tier, name, 3, out)
         directory.joinpath("line").write_text(json.dumps(line))
     found = [
         json.loads(arms.workdir_of(out, "nano", n, 3).joinpath("line").read_text()) for n in ("search", "cut-short")
     ]
-    winner = checkpoint.Saved.find(str(arms.workdir_of(out, "nano", "search", 3) / "winner"))
+    winner = checkpoint.Saved.find(str(arms.workdir_of(out, "nano", "search", 3) / one.FOUND / "winner"))
     assert found[1]["parameters"] == line["parameters"] == winner.model.num_params() <= 4500
     assert (
         found[0]["flops"] > 0
