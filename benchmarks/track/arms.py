@@ -82,7 +82,7 @@ def _helped(changes: Changes, size: str = TEACHER, **fields: Any) -> Arm:
 
 def _plain() -> dict[str, Arm]:
     """The optimizers, tuned, and what less or more of the better one brings."""
-    lengths = {f"plain-x{length:g}": Arm(MUON, length=length) for length in (0.5, 0.6, 0.7, 0.8, 0.9)}
+    lengths = {f"plain-x{length:g}": Arm(MUON, length=length) for length in (0.2, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9)}
     return {"plain": Arm(MUON), "adamw": Arm(ADAMW)} | lengths
 
 
