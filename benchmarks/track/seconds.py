@@ -36,8 +36,8 @@ HEADER = """\
 # A step with help over a step without
 
 `python -m benchmarks.track.seconds --tier={tier}` wrote this: {device}, one core, jax {jax}, {rounds} rounds of
-{steps} steps of each arm, in turn; in brackets the middle half of the rounds. All steps of a run together: a
-helped share of them, as in {tier}.md, costs this much more.
+{steps} steps of each arm, in turn; in brackets the middle half of the rounds. Help is on
+in a part of a run alone: what the whole run costs is in {tier}.md, as FLOPs.
 
 | arm | time | FLOPs |
 |---|---|---|
