@@ -17,7 +17,12 @@ import sys
 import tempfile
 
 HOME = pathlib.Path(__file__).resolve().parent.parent
-RECIPES = ("salt_2p8b", "salt_8p6b", "let_7b")
+# With help that ends at a step, so that its phases are known beforehand.
+RECIPES = {
+    "salt_2p8b": ["--config=configs/salt_2p8b.py:paper"],
+    "salt_8p6b": ["--config=configs/salt_8p6b.py:paper"],
+    "let_7b": ["--config=configs/let_7b.py", "--config.objective.align.stop=0.3"],
+}
 PODS = ("v5e:16x16", "v5p:4x4x4", "v6e:16x16")
 CASES = [(recipe, pod, 1) for recipe in RECIPES for pod in PODS] + [("salt_2p8b", "v5e:16x16", 2)]
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "collective-permute", "all-to-all", "all-reduce between slices")
@@ -27,7 +32,7 @@ RESULT = """\
 # Full-size recipes on TPU pods
 
 `python benchmarks/pods.py` wrote this with the TPU compiler, on a machine without a TPU: jax {jax}, libtpu {libtpu}.
-Nothing was run. The recipes are as they are in `configs/`, helped phase first; v5p:4x4x4 are 64 chips of two cores.
+Nothing was run. The recipes are those of `configs/` with help until a fixed step, helped phase first; v5p:4x4x4 are 64 chips of two cores.
 
 Memory is of one chip: arguments (state, helper, batch), temporaries and code, against what the chip has. FLOPs are
 model FLOPs of one step over all chips. Received is what one chip gets from others in one step, if each collective is
@@ -74,7 +79,7 @@ def compiled(kept: pathlib.Path, recipe: str, pod: str, slices: int) -> dict:
     """The numbers of a recipe on a pod, from `kept` if they are there."""
     path = kept / f"{name(recipe, pod, slices).replace(' ', '-').replace(':', '-')}.json"
     if not path.exists():
-        command = [sys.executable, "-m", "lmboost.aot", f"--config=configs/{recipe}.py", f"--topology={pod}"]
+        command = [sys.executable, "-m", "lmboost.aot", *RECIPES[recipe], f"--topology={pod}"]
         environment = os.environ | {"PYTHONPATH": str(HOME)}
         subprocess.run([*command, f"--slices={slices}", f"--out={path}"], cwd=HOME, env=environment, check=True)
     return json.loads(path.read_text())
@@ -84,7 +89,7 @@ def row(report: dict, phase: dict, kinds: list[str]) -> str:
     memory, moved = phase["memory"], phase["collectives"]
     pod = f"{report['slices']} x {report['topology']}" if report["slices"] > 1 else report["topology"]
     cells = [
-        pathlib.Path(report["recipe"]).stem, pod, " x ".join(map(str, report["mesh"].values())),
+        pathlib.Path(report["recipe"].partition(":")[0]).stem, pod, " x ".join(map(str, report["mesh"].values())),
         " + ".join(phase["helps"]) or "alone", f"{memory['total'] / GIB:.2f} / {memory['limit'] / GIB:.0f}",
         f"{phase['flops']:.3g}", *(f"{moved[k] / GIB:.2f}" if k in moved else "" for k in kinds),
         str(sum(len(phase[k]) for k in PROBLEMS)),
