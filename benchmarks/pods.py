@@ -32,7 +32,8 @@ RESULT = """\
 # Full-size recipes on TPU pods
 
 `python benchmarks/pods.py` wrote this with the TPU compiler, on a machine without a TPU: jax {jax}, libtpu {libtpu}.
-Nothing was run. The recipes are those of `configs/` with help until a fixed step, helped phase first; v5p:4x4x4 are 64 chips of two cores.
+Nothing was run. The recipes are those of `configs/` with help until a fixed step, helped phase first; v5p:4x4x4
+are 64 chips of two cores.
 
 Memory is of one chip: arguments (state, helper, batch), temporaries and code, against what the chip has. FLOPs are
 model FLOPs of one step over all chips. Received is what one chip gets from others in one step, if each collective is
