@@ -108,8 +108,8 @@ def _add_seconds(lines: Sequence[dict[str, Any]]) -> None:
 
     Stretches without that number (the first one, in which the step is compiled) are taken to be as fast as the next.
     """
-    told = [line for line in lines if line.get("tokens_per_second")]
-    at = [line["tokens"] for line in told]
+    told = [line for line in lines if line.get("tokens_per_second") and "tokens" in line]
+    at = np.array([line["tokens"] for line in told])  # not a list, which each search would read anew
     seconds, before = 0.0, 0.0
     for line in lines:
         if told and "tokens" in line:

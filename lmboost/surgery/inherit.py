@@ -62,6 +62,8 @@ class Inheritance:
 
     def _silence(self, layers: Any) -> Any:
         """The child's layers, those that are silent with zeros wherever they give to the residual stream."""
+        if not self.silent:
+            return layers
         norms = ("attn_norm/bias", "mlp_norm/bias") if self.child.norm_placement == "post" else ()
 
         def silenced(segment: Segment, stack: Any) -> Any:
@@ -74,8 +76,6 @@ class Inheritance:
 
             return jax.tree_util.tree_map_with_path(leaf, stack)
 
-        if not self.silent:
-            return layers
         return transformer.join_layers([silenced(*part) for part in transformer.split_layers(self.child, layers)])
 
     def report(self, params: Mapping[str, Any]) -> list[str]:
