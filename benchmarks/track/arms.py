@@ -182,6 +182,25 @@ def _inherited() -> dict[str, Arm]:
     }
 
 
+def _shorter() -> dict[str, Arm]:
+    """A larger model's layers, which of them, and how fast these learn, at two fifths of the plain run's length."""
+    ends = MUON | {"init.kind": "inherit", "init.layers": "0-1,4-5"}
+    slow = {"optimizer.learning_rate": 4e-3}
+    x = {"parent": "deep-long", "length": 0.4}
+    return {
+        "deep-long": Arm(MUON, "deep", steps_of="student", length=2.0),
+        "inherit-ends": Arm(ends, parent="deep"),
+        "inherit-long-ends": Arm(ends, parent="deep-long"),
+        "inherit-x0.4": Arm(MUON | {"init.kind": "inherit"}, parent="deep", length=0.4),
+        "inherit-ends-x0.4": Arm(ends, parent="deep", length=0.4),
+        "inherit-long-x0.4": Arm(MUON | {"init.kind": "inherit"}, **x),
+        "inherit-long-ends-x0.4": Arm(ends, **x),
+        "inherit-long-ends-slow-x0.4": Arm(ends | slow, **x),
+        "inherit-long-ends-salt-x0.4": Arm(ends | kd(stop="auto"), teacher="deep-long", **x),
+        "inherit-long-ends-slow-salt-x0.4": Arm(ends | slow | kd(stop="auto"), teacher="deep-long", **x),
+    }
+
+
 def _everything() -> dict[str, Arm]:
     """A start from another model, and help that ends by itself: from a small one that helps, too; from a larger one."""
     stack, inherit = {"init.kind": "stack"}, {"init.kind": "inherit"}
@@ -247,7 +266,7 @@ def _sweeps(name: str) -> dict[str, Arm]:
 ARMS: dict[str, Arm] = {
     **_plain(), **_teachers(), "salt": _helped(kd(stop=STOP)), "let": _helped(align(stop=STOP)),
     "both": _helped(both(STOP)), **_stops(), **_salt(), **_selection(), **_let(), **_auto(), **_inherited(),
-    **_everything(), **_cuts(), **_adamw(),
+    **_shorter(), **_everything(), **_cuts(), **_adamw(),
     **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
 NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order
