@@ -184,21 +184,31 @@ def _inherited() -> dict[str, Arm]:
 
 def _shorter() -> dict[str, Arm]:
     """A larger model's layers, which of them, and how fast these learn, at two fifths of the plain run's length."""
-    ends = MUON | {"init.kind": "inherit", "init.layers": "0-1,4-5"}
-    slow = {"optimizer.learning_rate": 4e-3}
-    x = {"parent": "deep-long", "length": 0.4}
-    return {
-        "deep-long": Arm(MUON, "deep", steps_of="student", length=2.0),
-        "inherit-ends": Arm(ends, parent="deep"),
-        "inherit-long-ends": Arm(ends, parent="deep-long"),
-        "inherit-x0.4": Arm(MUON | {"init.kind": "inherit"}, parent="deep", length=0.4),
-        "inherit-ends-x0.4": Arm(ends, parent="deep", length=0.4),
-        "inherit-long-x0.4": Arm(MUON | {"init.kind": "inherit"}, **x),
-        "inherit-long-ends-x0.4": Arm(ends, **x),
-        "inherit-long-ends-slow-x0.4": Arm(ends | slow, **x),
-        "inherit-long-ends-salt-x0.4": Arm(ends | kd(stop="auto"), teacher="deep-long", **x),
-        "inherit-long-ends-slow-salt-x0.4": Arm(ends | slow | kd(stop="auto"), teacher="deep-long", **x),
+    inherit = MUON | {"init.kind": "inherit"}
+    choices = {"": "", "ends": "0-1,4-5", "first3": "0-2,5", "middle": "0,2-3,5", "spread": "0-1,3,5"}
+    starts = {name: inherit | {"init.layers": layers} for name, layers in choices.items()}
+    rates = {
+        name: starts["ends"] | {"optimizer.learning_rate": rate} for name, rate in (("slow", 4e-3), ("fast", 1.2e-2))
     }
+    long = {"parent": "deep-long", "length": 0.4}
+    arms = {
+        "deep-long": Arm(MUON, "deep", steps_of="student", length=2.0),
+        "deep-longer": Arm(MUON, "deep", steps_of="student", length=4.0),
+        "inherit-ends": Arm(starts["ends"], parent="deep"),
+        "inherit-long-ends": Arm(starts["ends"], parent="deep-long"),
+        "inherit-x0.4": Arm(starts[""], parent="deep", length=0.4),
+        "inherit-ends-x0.4": Arm(starts["ends"], parent="deep", length=0.4),
+        "inherit-longer-ends-x0.4": Arm(starts["ends"], parent="deep-longer", length=0.4),
+        "inherit-long-x0.4": Arm(starts[""], **long),
+    }
+    arms |= {f"inherit-long-{name}-x0.4": Arm(starts[name], **long) for name in choices if name}
+    arms |= {f"inherit-long-ends-{name}-x0.4": Arm(rates[name], **long) for name in rates}
+    helped = {"": starts["ends"], "slow-": rates["slow"]}
+    arms |= {
+        f"inherit-long-ends-{name}salt-x0.4": Arm(start | kd(stop="auto"), teacher="deep-long", **long)
+        for name, start in helped.items()
+    }
+    return arms
 
 
 def _everything() -> dict[str, Arm]:
