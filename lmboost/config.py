@@ -49,6 +49,7 @@ def base() -> ConfigDict:
     teacher.step = -1  # of a run: which checkpoint; -1 is the last
     teacher.dtype = "bfloat16"  # of its parameters and compute
     teacher.random = False  # replace its parameters by random ones: a control, not a method
+    teacher.targets = ""  # a directory by lmboost.score: what the helpers say is read from there, and no helper needed
 
     c.objective = objective = ConfigDict()
     objective.block_tokens = 1024  # tokens, per device, projected to the vocabulary at a time

@@ -11,10 +11,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, flops, going_on, sharding, start
+from lmboost import answers, checkpoint, flops, going_on, sharding, start
 from lmboost import config as configs
 from lmboost.data import loader
 from lmboost.data.rows import Rows, parse_ranges
+from lmboost.data.scored import Scored
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective import auto, terms
@@ -26,13 +27,14 @@ from lmboost.train_step import Program, init_params
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run, ready to be built: plain values, checked. The last three are None in an `outline`.
+    """A run, ready to be built: plain values, checked. What has a default is not there in an `outline`.
 
     Attributes:
       stops: the first step without each help; the end of the run where help ends by itself and has not yet.
       rows: which rows of the data a step reads.
       seed: of the parameters and of the order of the data.
       skip: steps whose rows are left out, as they were given.
+      scored: what the helpers have said of the rows before the run; then they are not needed, only what they are.
     """
 
     student: ModelConfig
@@ -50,6 +52,7 @@ class Plan:
     train_data: loader.DataInfo | None = None
     validation_data: loader.DataInfo | None = None
     manifest: dict[str, Any] | None = None
+    scored: Scored | None = None
 
     @functools.cached_property
     def spans(self) -> tuple[terms.Span, ...]:
@@ -72,13 +75,19 @@ class Plan:
         return next(span for span in self.spans if step < span.end)
 
     def needed(self, step: int) -> frozenset[str]:
-        """Which helpers' parameters are needed in this step or a later one."""
-        return terms.needed(frozenset().union(*(span.helps for span in self.spans if span.end > step)))
+        """Which helpers' parameters are needed in this step or a later one; "targets" are those of known answers."""
+        needed = terms.needed(frozenset().union(*(span.helps for span in self.spans if span.end > step)))
+        return frozenset({"targets"} if needed else ()) if self.scored else needed
+
+    def groups(self, step: int) -> tuple[str, ...]:
+        """Which groups of known answers the step reads."""
+        return terms.groups(self.objective, self.span(step).helps) if self.scored else ()
 
     def program(self, helps: frozenset[str]) -> Program:
         """What the step of a span is compiled for."""
         models = {name: helper.model if helper else None for name, helper in self.helpers().items()}
-        return Program(self.student, self.objective, helps, accumulation=self.accumulation, **models)
+        known = self.scored and self.scored.parts
+        return Program(self.student, self.objective, helps, accumulation=self.accumulation, known=known, **models)
 
     def helpers(self) -> dict[str, Helper | None]:
         return {"teacher": self.teacher, "scorer": self.scorer}
@@ -88,11 +97,11 @@ class Plan:
         return init_params(self.student, self.objective, self.seed, self.teacher.model if self.teacher else None)
 
     def flops(self, step: int) -> float:
-        """Model FLOPs of the first `step` steps, helpers included."""
+        """Model FLOPs of the first `step` steps, helpers included, but for what they have said before."""
         models = {name: helper and helper.model for name, helper in self.helpers().items()}
         total = 0.0
         for first, end, helps in self.spans:
-            forwards = terms.forwards(self.objective, helps, models)
+            forwards = [] if self.scored else terms.forwards(self.objective, helps, models)
             one = flops.step_flops(self.student, self.batch_size, self.seq_len, forwards)
             total += one * max(min(step, end) - first, 0)
         return total
@@ -131,17 +140,28 @@ class Plan:
 
 
 def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> Plan:
-    """Checks the config against data, helpers, workdir and machine. Raises a UserError on the first misfit."""
+    """Checks the config against data, helpers, workdir and machine. Raises a UserError on the first misfit.
+
+    workdir: empty where nothing is written to one.
+    """
     check_numbers(config, num_devices)
     student = ModelConfig(**config.model).fit(config.seq_len, platform)
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
     _check_init(config)
-    teacher, scorer = _helpers(config, train_data, platform)
+    scored = Scored.find(config.teacher.targets) if config.teacher.targets else None
+    teacher, scorer = answers.helpers(scored, config) if scored else _helpers(config, train_data, platform)
     run = outline(config, student, teacher, scorer)
-    manifest = _manifest(config, student, train_data, validation_data, teacher, scorer)
-    going_on.check_workdir(config, workdir, manifest["data"])
-    return dataclasses.replace(run, train_data=train_data, validation_data=validation_data, manifest=manifest)
+    if scored:
+        stops = answers.check(
+            scored, train_data, run.seq_len, run.seed, student, teacher, run.objective, run.stops, run.rows.stand
+        )
+        run = dataclasses.replace(run, stops=stops)
+    manifest = _manifest(config, student, train_data, validation_data, teacher, scorer, scored)
+    if workdir:
+        going_on.check_workdir(config, workdir, manifest["data"])
+    data = {"train_data": train_data, "validation_data": validation_data}
+    return dataclasses.replace(run, **data, manifest=manifest, scored=scored)
 
 
 def outline(config: ConfigDict, student: ModelConfig, teacher: Helper | None, scorer: Helper | None) -> Plan:
@@ -235,11 +255,12 @@ def _check_tasks(config: ConfigDict) -> None:
         )
 
 
-def _manifest(config, student, train_data, validation_data, teacher, scorer) -> dict[str, Any]:
+def _manifest(config, student, train_data, validation_data, teacher, scorer, scored) -> dict[str, Any]:
     def helper(h: Helper | None):
-        return h and {
-            "directory": str(h.saved.directory), "model": dataclasses.asdict(h.model), "data": h.saved.manifest["data"]
-        }  # fmt: skip
+        if not h or not h.saved:
+            return None
+        directory, model = str(h.saved.directory), dataclasses.asdict(h.model)
+        return {"directory": directory, "model": model, "data": h.saved.manifest["data"]}
 
     return {
         "config": json.loads(config.to_json()),
@@ -249,8 +270,10 @@ def _manifest(config, student, train_data, validation_data, teacher, scorer) -> 
             "fingerprint": validation_data.fingerprint,
             "tokenizer": train_data.tokenizer_fingerprint,
         },
-        "teacher": helper(teacher),
-        "scorer": helper(scorer),
+        "teacher": scored.manifest["teacher"] if scored else helper(teacher),
+        "scorer": scored.manifest["scorer"] if scored else helper(scorer),
+        "targets": scored
+        and {"directory": str(scored.directory), **{name: scored.manifest[name] for name in ("fingerprint", "flops")}},
         "versions": {"python": sys.version.split()[0]} | checkpoint.versions(),
         "command": [os.path.basename(sys.executable), *sys.argv],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -108,7 +108,8 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 def per_device(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]) -> Callable:
     """Runs `fn` on each device's own part of its arguments (shard_map); without a mesh in use, as it is.
 
-    The result has the shape of the first argument. As in `constrain`, an axis that does not divide stays whole.
+    The result has the shape of the first argument, or several have. As in `constrain`, an axis that does not divide
+    stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -201,8 +202,10 @@ def put_batch(local: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 
 def batch_like(batch: dict[str, np.ndarray], rows: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and places of a global batch of so many rows like those of `batch`, to compile for."""
-    place = batch_sharding(mesh)
-    return {k: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=place) for k, x in batch.items()}
+    return {
+        name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh, x.ndim))
+        for name, x in batch.items()
+    }
 
 
 def put_rows(rows: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -1,6 +1,7 @@
 """The models that help, teacher and scorer: found when a run is planned, read when it needs them.
 
-One model may be both; it is then in memory once. Neither is ever in a checkpoint.
+One model may be both; it is then in memory once. Neither is ever in a checkpoint. Where they have answered before the
+run (lmboost.score) only what they are is known of them.
 """
 
 import dataclasses

@@ -40,7 +40,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, evaluate, going_on, optimizers, places, plan, sharding, start, teacher
+from lmboost import answers, checkpoint, config, evaluate, going_on, optimizers, places, plan, sharding, start, teacher
 from lmboost.data import loader, tokenizer
 from lmboost.errors import EXIT_PREEMPTED, Stop, UserError, exit_at_once, exit_on_user_error, run_verb
 from lmboost.objective import auto
@@ -100,8 +100,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 return state
             if state.watch:
                 run = run.ended(int(state.watch.ended))
-            needed = {name: run.helpers()[name] for name in run.needed(first)}
-            helpers = teacher.load(needed, mesh, c.teacher.dtype, c.seed + 1 if c.teacher.random else None)
+            helpers = _load_helpers(c, run, mesh, first)
             manifest = _write_manifest(run, helpers, workdir)
         clock.begin(first)
         spent = lambda done: run.flops(done)  # noqa: E731, of the plan as it is then: help may have ended since
@@ -134,7 +133,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 log.validation(done, values)
 
         # -------------------------------------------------------------- the loop
-        batches = keep(data.batches(run.rows, first, c.steps))
+        batches = keep(data.batches(run.rows, first, c.steps, run.scored, run.groups(first)))
         step_fn = told = None
         evaluated = evaluated or evaluate_at(first)
         for step in range(first, c.steps):
@@ -150,6 +149,9 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if fresh:
                 log.pause()
                 helpers = {name: helpers[name] for name in run.needed(step)}
+                if run.scored and step > first:  # what helpers have said is read as long as it is asked for
+                    batches.close()
+                    batches = keep(data.batches(run.rows, step, c.steps, run.scored, run.groups(step)))
                 step_fn = jit_train_step(run.program(span.helps), tx, learning_rate, state)
                 say(f"step {step}: training {'with ' + ', '.join(sorted(span.helps)) if span.helps else 'alone'}")
             log.profile(step)
@@ -186,6 +188,15 @@ def _check_last(state: TrainState) -> None:
             "optimizer.warmup_steps, or set optimizer.clip_norm, and start in another workdir."
         )
     checkpoint.check_finite(state.params, "the model at the end of the run")  # the last step may have lost it
+
+
+def _load_helpers(c: ConfigDict, run: plan.Plan, mesh: Mesh, first: int) -> dict[str, Any]:
+    """What the steps from `first` on are given of the helpers."""
+    needed = run.needed(first)
+    if run.scored:
+        return {"targets": answers.load(run.scored, mesh)} if needed else {}
+    helpers = {name: run.helpers()[name] for name in needed}
+    return teacher.load(helpers, mesh, c.teacher.dtype, c.seed + 1 if c.teacher.random else None)
 
 
 def _tasks(c: ConfigDict, run: plan.Plan, mesh: Mesh) -> Callable[[Any], dict[str, float]]:
@@ -243,8 +254,8 @@ def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> di
     """Writes WORKDIR/manifest.json, with the fingerprints of the helpers; they must be those of an earlier start."""
     manifest, place = dict(run.manifest), checkpoint.Run(workdir)
     path, old = place.manifest_path, place.manifest() or {}
-    for name, params in helpers.items():
-        mark = checkpoint.fingerprint(params)
+    marks = {name: checkpoint.fingerprint(params) for name, params in helpers.items() if name != "targets"}
+    for name, mark in marks.items():
         before = (old.get(name) or {}).get("fingerprint", mark)
         if before != mark:
             raise UserError(
@@ -255,6 +266,11 @@ def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> di
         manifest[name] = manifest[name] | {"fingerprint": mark}
     for name in ("teacher", "scorer"):  # not needed any more, and not loaded
         manifest[name] = manifest[name] if name in helpers else old.get(name) or manifest[name]
+    if old and run.scored and (before := (old.get("targets") or {}).get("fingerprint")) != run.scored.fingerprint:
+        raise UserError(
+            f"{run.scored.where} is not what the run in {workdir} was started with (fingerprint {str(before)[:12]}, "
+            f"now {run.scored.fingerprint[:12]}): give the same directory, or another workdir."
+        )
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         with places.whole_file(path) as partial:

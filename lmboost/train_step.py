@@ -17,16 +17,20 @@ import jax.numpy as jnp
 import optax
 
 from lmboost import sharding
+from lmboost.data.scored import Parts
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.vocabulary import Head
 from lmboost.objective import align, auto, select
 from lmboost.objective.blend import Coefficients, Sums, blend
+from lmboost.objective.cached import CachedTargets
 from lmboost.objective.kd import SoftTargets
 from lmboost.objective.terms import Objective, needed
 from lmboost.schedules import Schedule
 
-Batch = Mapping[str, jax.Array]  # tokens, targets, segment_ids, positions, weights: each [rows, T]
+# tokens, targets, segment_ids, positions, weights: each [rows, T]; and what helpers have said of the rows before the
+# run, see `scored.Parts.like`.
+Batch = Mapping[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 
@@ -50,6 +54,7 @@ class Program:
       teacher, scorer: configs of the helpers whose parameters the step is given. They get no gradient and are part of
         no state.
       accumulation: parts that the batch is worked through in.
+      known: what batches have of the helpers' answers; then these are not computed, and no parameters are given.
     """
 
     student: ModelConfig
@@ -58,6 +63,7 @@ class Program:
     teacher: ModelConfig | None = None
     scorer: ModelConfig | None = None
     accumulation: int = 1
+    known: Parts | None = None
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -102,14 +108,14 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping[str, Any], Batch], tuple[TrainState, Metrics]]:
     """Builds `step(state, helpers, batch) -> (state, metrics)`, to be jitted with `state` donated.
 
-    `helpers` has the parameters of "teacher" and "scorer" as far as `program.helps` need them. `batch` has
-    select.candidates times as many rows if "select" is active.
+    `helpers` has the parameters of "teacher" and "scorer" as far as `program.helps` need them, or for known answers
+    "targets", the `scored.Scored.bases`. `batch` has select.candidates times as many rows if "select" is active.
     """
 
     def step_fn(state: TrainState, helpers: Mapping[str, Any], batch: Batch):
         metrics, helpers = {}, jax.lax.stop_gradient(helpers)
         if "select" in program.helps:
-            batch, metrics["kept_fraction"] = _select(program, helpers["scorer"], batch)
+            batch, metrics["kept_fraction"] = _select(program, helpers.get("scorer"), batch)
         share = auto.share(program.objective.auto, state.watch) if program.watches else 1.0
         schedules = program.objective.weights
         weights = {name: schedules[name](state.step, share) for name in schedules if name in program.helps}
@@ -166,17 +172,35 @@ def _teacher_states(program: Program, params, batch: Batch) -> tuple[jax.Array |
     if "teacher" not in needed(program.helps):
         return None, {}
     wanted = {layer for _, layer in program.pairs}
+    if program.known:
+        return None, {s: _known_state(program, params, batch, t) for s, t in program.pairs}
     h, captured = _forward(program.teacher, params, batch, capture=wanted)
     if program.teacher.num_layers in wanted and program.objective.align.final_norm:
         captured[program.teacher.num_layers] = h
     return jax.lax.stop_gradient((h, {s: captured[t] for s, t in program.pairs}))
 
 
+def _known_state(program: Program, bases: Mapping[str, jax.Array], batch: Batch, layer: int) -> jax.Array:
+    """The teacher's state after a layer [B, T, width], from disk."""
+    kept = batch[f"state_{layer}"].astype(jnp.float32) * batch[f"scale_{layer}"].astype(jnp.float32)[..., None]
+    state = kept @ bases[str(layer)].T if str(layer) in bases else kept
+    return state.astype(program.teacher.dtype)
+
+
+def _soft_targets(program: Program, helpers: Mapping[str, Any], batch: Batch, h_teacher) -> SoftTargets | CachedTargets:
+    """What kd compares the student with."""
+    kd = program.objective.kd
+    if program.known:
+        names = ("soft_ids", "soft_values", "soft_rest", "teacher_loss")
+        return CachedTargets(*(batch[name] for name in names), program.known.labels, kd)
+    return SoftTargets(h_teacher, transformer.head(helpers["teacher"]), program.teacher.vocab_size, kd)
+
+
 def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], batch: Batch, step, helping):
     """(sum over tokens to differentiate, what is gathered); `helping` are the weights of helps."""
     student, objective = program.student, program.objective
     weights = batch["weights"]
-    h_teacher, guides = _teacher_states(program, helpers.get("teacher"), batch)
+    h_teacher, guides = _teacher_states(program, helpers.get("targets" if program.known else "teacher"), batch)
     maps, taps = params.get("align", {}), {}
     for s, target in guides.items():
         fixed = jax.lax.stop_gradient(maps.get(str(s)))
@@ -186,7 +210,7 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
     if "kd" in program.helps:
         kd = helping["kd"]
         coefficients = Coefficients(1.0 - kd if objective.ce_weight < 0 else objective.ce_weight, kd, objective.z_loss)
-        soft = SoftTargets(h_teacher, transformer.head(helpers["teacher"]), program.teacher.vocab_size, objective.kd)
+        soft = _soft_targets(program, helpers, batch, h_teacher)
     head = Head(transformer.head(params["model"]), student.vocab_size)
     sums = blend(h, head, batch["targets"], weights, coefficients, soft, block_tokens=objective.block_tokens)
     loss, align_sum = sums.loss, jnp.zeros((), jnp.float32)
@@ -196,7 +220,9 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
         align_sum += jax.lax.stop_gradient(term)
         loss += term if str(s) in maps else 0.0
     teacher_sum = sums.teacher
-    if program.watches and "kd" not in program.helps:
+    if program.watches and program.known:
+        teacher_sum = jnp.sum(weights * batch["teacher_loss"].astype(jnp.float32))
+    elif program.watches and "kd" not in program.helps:
         teacher_sum = jax.lax.cond(
             step % auto.EVERY == 0, lambda: _teacher_loss(program, helpers["teacher"], h_teacher, batch),
             lambda: jnp.zeros((), jnp.float32),
@@ -255,7 +281,7 @@ def _watch(program: Program, state: TrainState, gathered: _Gathered, finite) -> 
     step, sums = state.step - 1, gathered.sums
     lead = (sums.ce - gathered.teacher) / jnp.maximum(sums.count, 1.0)
     measured = finite & jnp.isfinite(lead) & (sums.count > 0)
-    every = 1 if "kd" in program.helps else auto.EVERY
+    every = 1 if program.known or "kd" in program.helps else auto.EVERY
     watch = auto.update(program.objective.auto, state.watch, lead, measured & (step % every == 0), step, every)
     return state.replace(watch=watch), {"lead": _one(watch.lead), auto.ENDED: _one(watch.ended)}
 
@@ -299,14 +325,17 @@ def _select(program: Program, params, candidates: Batch) -> tuple[dict[str, jax.
     selection = objective.select
     rows = candidates["tokens"].shape[0]
     batch_size, parts = rows // selection.candidates, selection.candidates * program.accumulation
-    head = Head(transformer.head(params), scorer.vocab_size)
 
     def score(part):
         h, _ = _forward(scorer, params, part)
+        head = Head(transformer.head(params), scorer.vocab_size)
         return select.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens)
 
-    scores = jax.lax.map(score, jax.tree.map(lambda x: _split_rows(x, parts), dict(candidates)))
-    scores = jax.lax.stop_gradient(jnp.swapaxes(scores, 0, 1).reshape(rows))
+    if program.known:
+        scores = candidates["score"]
+    else:
+        scores = jax.lax.map(score, jax.tree.map(lambda x: _split_rows(x, parts), dict(candidates)))
+        scores = jax.lax.stop_gradient(jnp.swapaxes(scores, 0, 1).reshape(rows))
     index, mask = select.choose(scores, batch_size, selection.kept_rows(batch_size))
     take = lambda x: sharding.constrain(jnp.take(x, index, axis=0), ("batch",) + (None,) * (x.ndim - 1))  # noqa: E731
     batch = {name: take(x) for name, x in candidates.items()}

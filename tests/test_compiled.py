@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from lmboost import sharding
-from lmboost.data import loader
+from lmboost.data import windows
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective.align import Alignment
@@ -49,7 +49,7 @@ def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3):
         state = place(jax.eval_shape(lambda: init_state(init_params(student, OBJECTIVE, 0, teacher), tx)))
         params = jax.eval_shape(lambda: transformer.init(teacher, jax.random.key(0)))
         params = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params))
-        batch = sharding.batch_like(loader.batch_of([], 1, tokens), rows, mesh)
+        batch = sharding.batch_like(windows.batch_of([], 1, tokens), rows, mesh)
         step = make_train_step(Program(student, OBJECTIVE, HELPS, teacher, teacher), tx, lambda s: rate)
         return jax.jit(step, donate_argnums=0).lower(state, {"teacher": params, "scorer": params}, batch)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lmboost import checkpoint, config, going_on
-from lmboost.data import loader, records
+from lmboost.data import records, windows
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from tests import hub, runs
@@ -160,7 +160,7 @@ def test_a_token_beyond_the_vocabulary_is_an_error_at_its_record(tmp_path, data)
     path = tmp_path / "data" / "manifest.json"
     manifest = json.loads(path.read_text())
     path.write_text(json.dumps(manifest | {"vocab_size": 200}))
-    windows = loader.Windows(str(tmp_path / "data"), "train", 32)
+    rows = windows.Windows(str(tmp_path / "data"), "train", 32)
     with pytest.raises(UserError, match=r"array_record.* is damaged .*record 0 of the split has a token beyond"):
-        windows[0]
+        rows[0]
     assert records.read_manifest(tmp_path / "data")["vocab_size"] == 200

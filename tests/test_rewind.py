@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from lmboost import checkpoint
-from lmboost.data import loader
+from lmboost.data import loader, windows
 from lmboost.errors import UserError
 from lmboost.run import metrics
 from tests import runs
@@ -39,7 +39,7 @@ def read(monkeypatch):
 
 def rows(data, first, count=8):
     source = loader.Loader(data.partition("=")[2], "train", 32)
-    return loader.batch_of([source.rows[i] for i in range(first, first + count)], count, 32)["tokens"]
+    return windows.batch_of([source.rows[i] for i in range(first, first + count)], count, 32)["tokens"]
 
 
 def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, capsys):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmboost import checkpoint, config, going_on, report
-from lmboost.data import loader, records
+from lmboost.data import loader, records, windows
 from lmboost.errors import UserError
 from lmboost.hf import config_json, files, reader
 from lmboost.models.model_config import ModelConfig
@@ -114,8 +114,8 @@ def test_the_manifest_of_a_data_set(tmp_path, prepared, data):
                 (tmp_path / "data" / shard["file"]).symlink_to(prepared / shard["file"])
     with read_or_refused():
         loader.info(str(tmp_path / "data"), "train")
-        windows = loader.Windows(str(tmp_path / "data"), "train", 32)
-        windows[0], windows[len(windows) - 1]
+        rows = windows.Windows(str(tmp_path / "data"), "train", 32)
+        rows[0], rows[len(rows) - 1]
 
 
 RECORD = records.serialize(records.Record(np.arange(33, dtype=np.int32), np.array([0, 7, 20], np.int32), 33))
@@ -131,7 +131,7 @@ def test_a_record(at, byte, end):
         assert not isinstance(error, MemoryError | RecursionError)
     else:
         assert 0 <= record.length <= record.tokens.size
-        batch = loader.batch_of([loader.window(record, 0, 8)], 1, 8)
+        batch = windows.batch_of([windows.window(record, 0, 8)], 1, 8)
         assert set(batch) and batch["tokens"].shape == (1, 8)
 
 

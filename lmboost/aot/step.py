@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lmboost import config as configs
 from lmboost import optimizers, plan, sharding
-from lmboost.data import loader
+from lmboost.data import windows
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
@@ -61,5 +61,5 @@ def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span) -> Any:
             like = jax.eval_shape(lambda: transformer.init(run.teacher.model, jax.random.key(0)))
             helpers[name] = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.teacher.dtype), like))
         _, rows = run.rows(span.first)
-        batch = sharding.batch_like(loader.batch_of([], 1, run.seq_len), rows, mesh)
+        batch = sharding.batch_like(windows.batch_of([], 1, run.seq_len), rows, mesh)
         return jit_train_step(run.program(span.helps), tx, learning_rate, state).lower(state, helpers, batch)

@@ -19,15 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 from absl import flags
-from array_record.python import array_record_data_source
 
 from lmboost import orphans
-from lmboost.data import records
+from lmboost.data import records, scored
 from lmboost.data.rows import Rows
+from lmboost.data.windows import Batch, Window, Windows, batch_of
 from lmboost.errors import UserError, one_of
-
-Batch = dict[str, np.ndarray]
-_MAX_ROWS = 2**32 - 1  # of grain's index permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +34,7 @@ class DataInfo:
     Attributes:
       directories, weights: the data sets and their shares, which sum to 1.
       fingerprint: of the records, and for a mixture also of the shares.
+      fingerprints: of the records of each data set.
       tokenizer_fingerprint, vocab_size, bos_id, eos_id: of the tokenizer, which all data sets share.
       tokenizer_path: directory for `tokenizer.load`.
       record_tokens: greatest number that every row length must divide.
@@ -48,6 +46,7 @@ class DataInfo:
     directories: tuple[str, ...]
     weights: tuple[float, ...]
     fingerprint: str
+    fingerprints: tuple[str, ...]
     tokenizer_fingerprint: str
     tokenizer_path: str
     vocab_size: int
@@ -77,12 +76,13 @@ def info(spec: str, split: str = "train") -> DataInfo:
                 f"another one than {directories[0]} ({first['vocab_size']} pieces). Prepare both with one --tokenizer."
             )
     counts = [manifest["splits"][split] for manifest in manifests]
-    fingerprints = [manifest["fingerprint"] for manifest in manifests]
+    fingerprints = tuple(manifest["fingerprint"] for manifest in manifests)
     mixed = hashlib.sha256(json.dumps([fingerprints, weights]).encode()).hexdigest()
     return DataInfo(
         directories=directories,
         weights=weights,
         fingerprint=fingerprints[0] if len(directories) == 1 else mixed,
+        fingerprints=fingerprints,
         tokenizer_fingerprint=first["tokenizer_fingerprint"],
         tokenizer_path=str(pathlib.Path(directories[0]) / "tokenizer"),
         vocab_size=first["vocab_size"],
@@ -116,104 +116,6 @@ def _parse(spec: str) -> list[tuple[str, float]]:
     return [(directory, share / total) for directory, share in parts]
 
 
-class Windows:
-    """Random access to the windows of a split in stored order: tokens [T + 1], their document starts, their length.
-
-    Rows without any target (the padding of a shard's last record) are left out.
-    """
-
-    def __init__(self, directory: str, split: str, seq_len: int):
-        manifest = records.read_manifest(directory)
-        record_tokens = manifest["record_tokens"]
-        if seq_len < 1 or record_tokens % seq_len:
-            raise UserError(
-                f"seq_len={seq_len} does not divide the {record_tokens} tokens of a record of {directory}: "
-                f"choose a divisor, or prepare the data with another --record_tokens."
-            )
-        self.split, self.fingerprint = split, manifest["fingerprint"]
-        self._vocab_size = manifest["vocab_size"]
-        shards = manifest["shards"][split]
-        self._files = [os.path.join(directory, shard.file) for shard in shards]
-        for path, shard in zip(self._files, shards, strict=True):
-            size = os.path.getsize(path) if os.path.isfile(path) else None
-            if size != shard.file_bytes:
-                found = "is missing" if size is None else f"has {size} bytes, expected {shard.file_bytes}"
-                raise UserError(f"{path} {found}: copy the data set again or prepare it anew.")
-        self._seq_len = seq_len
-        self._rows_per_record = record_tokens // seq_len
-        self._row_ends = np.cumsum([-(-shard.positions // seq_len) for shard in shards])
-        self._record_ends = np.cumsum([shard.records for shard in shards])
-        if len(self) > _MAX_ROWS:
-            raise UserError(
-                f"{directory} has {len(self)} rows of seq_len={seq_len}, more than {_MAX_ROWS}: choose a longer "
-                f"seq_len, or prepare it as several data sets and mix them."
-            )
-        # With the numbers of their records, so that files are not opened to count them.
-        paths = [f"{path}[0:{shard.records}]" for path, shard in zip(self._files, shards, strict=True)]
-        self._source = array_record_data_source.ArrayRecordDataSource(paths)
-
-    def __len__(self) -> int:
-        return int(self._row_ends[-1])
-
-    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray, int]:
-        shard = int(np.searchsorted(self._row_ends, row, side="right"))
-        in_shard = row - (int(self._row_ends[shard - 1]) if shard else 0)
-        record, slice_ = divmod(in_shard, self._rows_per_record)
-        record += int(self._record_ends[shard - 1]) if shard else 0
-        try:
-            return window(self._read(record), slice_ * self._seq_len, self._seq_len)
-        except Exception as error:  # a damaged file shows in many ways: RuntimeError, DecodeError, IndexError
-            raise UserError(
-                f"{self._files[shard]} is damaged ({type(error).__name__}: {str(error)[:200]}): "
-                f"copy the data set again or prepare it anew."
-            ) from error
-
-    def _read(self, number: int) -> records.Record:
-        record = records.parse(self._source[number])
-        tokens = record.tokens[: record.length]
-        if tokens.size and not 0 <= tokens.min() <= tokens.max() < self._vocab_size:
-            raise ValueError(f"record {number} of the split has a token beyond the vocabulary of {self._vocab_size}")
-        return record
-
-
-def window(record: records.Record, offset: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Tokens [T + 1] at `offset` of a record, where documents start among them, bool [T + 1], and the valid length."""
-    tokens = record.tokens[offset : offset + seq_len + 1]
-    starts = np.zeros(seq_len + 1, bool)
-    inside = record.doc_starts - offset
-    starts[inside[(inside >= 0) & (inside <= seq_len)]] = True
-    return tokens, starts, min(max(record.length - offset, 0), seq_len + 1)
-
-
-def batch_of(windows: Sequence[tuple[np.ndarray, np.ndarray, int]], batch_size: int, seq_len: int) -> Batch:
-    """The batch of some windows, padded to `batch_size` rows B of `seq_len` tokens T.
-
-    Returns:
-      tokens, targets: int32 [B, T]; targets are the next tokens.
-      segment_ids: int32 [B, T]; 1, 2, ... for the documents of a row, 0 for padding.
-      positions: int32 [B, T]; from 0 at the start of each document and of the row.
-      weights: float32 [B, T]; 1 where the target is a token of the same document as the input.
-    """
-    tokens = np.zeros((batch_size, seq_len + 1), np.int32)
-    starts = np.zeros((batch_size, seq_len + 1), bool)
-    lengths = np.zeros((batch_size, 1), np.int32)
-    for row, each in enumerate(windows):
-        tokens[row], starts[row], lengths[row] = each
-    places = np.arange(seq_len + 1, dtype=np.int32)
-    valid = places < lengths
-    tokens *= valid
-    starts[:, 0] = True
-    begins = np.maximum.accumulate(np.where(starts, places, 0), axis=1)
-    inputs = valid[:, :-1]
-    return {
-        "tokens": tokens[:, :-1].copy(),
-        "targets": tokens[:, 1:].copy(),
-        "segment_ids": (np.cumsum(starts[:, :-1], axis=1) * inputs).astype(np.int32),
-        "positions": ((places - begins)[:, :-1] * inputs).astype(np.int32),
-        "weights": (valid[:, 1:] & ~starts[:, 1:]).astype(np.float32),
-    }
-
-
 def make_rows(sources: Sequence[Windows], weights: Sequence[float], seed: int | None) -> grain.MapDataset:
     """Windows by global row number.
 
@@ -240,6 +142,8 @@ class _FetchBatch(grain.transforms.Map):
     seq_len: int
     shards: tuple[int, ...]
     shard_count: int
+    answers: scored.Parts | None = None  # of `groups`
+    groups: tuple[str, ...] = ()
 
     def map(self, step: int) -> Batch:
         first, count = self.schedule(int(step))
@@ -251,7 +155,44 @@ class _FetchBatch(grain.transforms.Map):
         size = count // self.shard_count
         share = [first + shard * size + i for shard in self.shards for i in range(size)]
         there = [row for row in share if row < len(self.rows)]
-        return batch_of([self.rows[row] for row in there], len(share), self.seq_len)
+        empty = self.answers and self.answers.like(len(share), self.groups)
+        return batch_of([self.rows[row] for row in there], len(share), self.seq_len, empty)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """(number of the data set, number of the row) in the place of the rows of a data set."""
+
+    windows: Windows
+    number: int
+
+    @property
+    def fingerprint(self) -> str:
+        return self.windows.fingerprint
+
+    @property
+    def split(self) -> str:
+        return self.windows.split
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        return self.number, int(row)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """Some rows of a data set."""
+
+    windows: Windows
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, place: int) -> Window:
+        return self.windows[int(self.rows[place])]
 
 
 class Loader:
@@ -290,25 +231,58 @@ class Loader:
             if value < 0:
                 raise UserError(f"{name}={value}: expected 0 or more.")
         self.info = info(spec, split)
-        self.seq_len = seq_len
+        self.split, self.seq_len, self._seed = split, seq_len, seed
         self._shards = (tuple(shards), shard_count)
         self._workers, self._threads = workers, threads
-        sources = [Windows(directory, split, seq_len) for directory in self.info.directories]
-        self.rows = make_rows(sources, self.info.weights, seed)
-        self.rows_in_order = make_rows(sources, self.info.weights, None)
+        self.sources = [Windows(directory, split, seq_len) for directory in self.info.directories]
+        self.rows = make_rows(self.sources, self.info.weights, seed)
+        self.rows_in_order = make_rows(self.sources, self.info.weights, None)
 
     def batches(
-        self, schedule: Callable[[int], tuple[int, int]], start_step: int = 0, stop_step: int | None = None
+        self,
+        schedule: Callable[[int], tuple[int, int]],
+        start_step: int = 0,
+        stop_step: int | None = None,
+        known: scored.Scored | None = None,
+        groups: Sequence[str] = (),
     ) -> Iterator[Batch]:
         """This host's batches of steps start_step, start_step + 1, ... before stop_step (None: endless).
 
         Args:
           schedule: maps a step to (first row, number of rows) of the global batch; a pure function, picklable if
             there are workers. The number may change between steps; the hosts must divide it evenly.
+          known: has what helpers have said of the rows; batches have what is in these groups of it.
         """
         if start_step < 0 or (stop_step is not None and stop_step < start_step):
             raise UserError(f"start_step={start_step}, stop_step={stop_step}: expected 0 <= start_step <= stop_step.")
-        return self._iterate(self.rows, schedule, start_step, sys.maxsize if stop_step is None else stop_step)
+        stop_step = sys.maxsize if stop_step is None else stop_step
+        if not groups:
+            return self._iterate(self.rows, schedule, start_step, stop_step)
+        sources = [
+            Windows(directory, self.split, self.seq_len, known.answers(fingerprint, groups))
+            for directory, fingerprint in zip(self.info.directories, self.info.fingerprints, strict=True)
+        ]
+        rows = make_rows(sources, self.info.weights, self._seed)
+        return self._iterate(rows, schedule, start_step, stop_step, known.parts, tuple(groups))
+
+    def first_rows(self, count: int) -> list[np.ndarray]:
+        """Of each data set, the numbers of its rows that are among the first `count` of the order, ascending uint32."""
+        sources = [_Numbers(source, i) for i, source in enumerate(self.sources)]
+        order = make_rows(sources, self.info.weights, self._seed)
+        found: list[set[int]] = [set() for _ in sources]
+        for place in range(count):
+            source, row = order[place]
+            found[source].add(row)
+        return [np.array(sorted(rows), np.uint32) for rows in found]
+
+    def chosen(self, source: int, rows: np.ndarray, batch_size: int) -> Iterator[Batch]:
+        """This host's share of the batches that these rows of a data set make, in their order.
+
+        The last batch is padded with rows of zero weight.
+        """
+        schedule = Rows(batch_size, candidates=1, selecting=())
+        chosen = grain.MapDataset.source(_Chosen(self.sources[source], rows))
+        return self._iterate(chosen, schedule, 0, -(-len(rows) // batch_size))
 
     def eval_batches(self, batch_size: int, num_batches: int | None = None) -> Iterator[Batch]:
         """This host's share of the first `num_batches` (None: all) batches of the split, in stored order.
@@ -322,10 +296,18 @@ class Loader:
             stop = min(stop, num_batches)
         return self._iterate(self.rows_in_order, Rows(batch_size, candidates=1, selecting=()), 0, stop)
 
-    def _iterate(self, rows: grain.MapDataset, schedule: Callable, start: int, stop: int) -> Iterator[Batch]:
+    def _iterate(
+        self,
+        rows: grain.MapDataset,
+        schedule: Callable,
+        start: int,
+        stop: int,
+        answers: scored.Parts | None = None,
+        groups: tuple[str, ...] = (),
+    ) -> Iterator[Batch]:
         if start >= stop:
             return
-        fetch = _FetchBatch(rows, schedule, self.seq_len, *self._shards)
+        fetch = _FetchBatch(rows, schedule, self.seq_len, *self._shards, answers, groups)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
         dataset = grain.MapDataset.range(start, stop).map(fetch).to_iter_dataset(options)
         if self._workers:

@@ -48,6 +48,25 @@ def project(h, head: Head, vocab_size: int | None = None, rows: int | None = Non
     return jnp.where(columns < vocab_size, logits, NEGATIVE)
 
 
+def spread(ids, values, columns: int, fill: float) -> jax.Array:
+    """[..., V] of `columns`, `fill` everywhere but at `ids` [..., K], where it has `values` [..., K].
+
+    An id of `columns` or more is nowhere. Each device writes the columns that it has of a vocabulary that is spread.
+    """
+    axes = ("batch",) + (None,) * (ids.ndim - 1)
+    whole = sharding.constrain(jnp.full((*ids.shape[:-1], columns), fill, values.dtype), (*axes[:-1], "vocab"))
+
+    def write(part, ids, values):
+        first = jax.lax.axis_index(sharding.RULES["vocab"]) * part.shape[-1] if part.shape[-1] < columns else 0
+        own = (ids >= first) & (ids < first + part.shape[-1])
+        flat = part.reshape(-1, part.shape[-1])
+        rows = jnp.arange(flat.shape[0])[:, None]
+        places = jnp.where(own, ids - first, part.shape[-1]).reshape(flat.shape[0], -1)
+        return flat.at[rows, places].set(values.reshape(places.shape), mode="drop").reshape(part.shape)
+
+    return sharding.per_device(write, ((*axes[:-1], "vocab"), axes, axes), (*axes[:-1], "vocab"))(whole, ids, values)
+
+
 def over_blocks(fn: Callable, head: Head, h_BxTxD, rows: Any, block_tokens: int, carry: Any = None) -> tuple[Any, Any]:
     """`carry, out = fn(carry, logits, h, rows)` for each block of tokens, one after the other.
 

@@ -103,7 +103,7 @@ def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
             ce = log_z - pick(logits, labels)
             kd = soft.divergence(logits, soft_block) if soft else jnp.zeros_like(ce)
             teacher = soft.loss(soft_block, labels) if soft else jnp.zeros_like(ce)
-            gate = soft and soft.gate(ce, teacher)
+            gate = soft and soft.kd.gate_of(ce, teacher)
             blended = coefficients.ce * ce + coefficients.kd * kd
             blended = blended if gate is None else gate * blended + (1 - gate) * ce
             blended, ce, kd, z, teacher = (jnp.sum(w * x) for x in (blended, ce, kd, jnp.square(log_z), teacher))

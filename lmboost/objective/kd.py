@@ -40,6 +40,23 @@ class Distillation:
     def truncated(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0
 
+    def student(self, logits) -> tuple[jax.Array, float]:
+        """(log-probabilities of the student that are compared, what the term is multiplied by)."""
+        if self.temperature_on == "both":
+            return jax.nn.log_softmax(logits / self.temperature), self.temperature**2
+        return jax.nn.log_softmax(logits), 1.0
+
+    def gate_of(self, ce, teacher_ce) -> jax.Array | None:
+        """How much of a token's kd counts, 0 to 1; ce takes the place of the rest. None where all of it does.
+
+        hard: where the teacher's loss on the label is below the student's; soft: twice the excess over a half of the
+        teacher's share in the sum of the two probabilities of the label.
+        """
+        lead = jax.lax.stop_gradient(ce) - teacher_ce
+        gates = {"none": lambda: None, "hard": lambda: (lead > 0).astype(jnp.float32)}
+        gates["soft"] = lambda: jnp.maximum(2 * jax.nn.sigmoid(lead) - 1, 0.0)
+        return gates[self.gate]()
+
     def validate(self, field: str = "objective.kd") -> "Distillation":
         one_of(f"{field}.temperature_on", self.temperature_on, ("teacher", "both"))
         one_of(f"{field}.divergence", self.divergence, ("forward", "reverse", "hard"))
@@ -120,7 +137,7 @@ class SoftTargets(flax.struct.PyTreeNode):
 
     `blend` asks them for `per_token`, arrays [B, T, ...] that are cut into the blocks; `of_block`, what a block's part
     of them says of the vocabulary; and what follows from that: `divergence` of the student's logits, `loss` of the
-    teacher on the labels, `gate` of the tokens.
+    teacher on the labels. `cached.CachedTargets` are the same from disk.
     """
 
     h_BxTxE: jax.Array
@@ -145,17 +162,6 @@ class SoftTargets(flax.struct.PyTreeNode):
         """The teacher's cross-entropy on the labels, per token [...]."""
         return jax.nn.logsumexp(teacher_logits, axis=-1) - pick(teacher_logits, labels)
 
-    def gate(self, ce, teacher_ce) -> jax.Array | None:
-        """How much of a token's kd counts, 0 to 1; ce takes the place of the rest. None where all of it does.
-
-        hard: where the teacher's loss on the label is below the student's; soft: twice the excess over a half of the
-        teacher's share in the sum of the two probabilities of the label.
-        """
-        lead = jax.lax.stop_gradient(ce) - teacher_ce
-        gates = {"none": lambda: None, "hard": lambda: (lead > 0).astype(jnp.float32)}
-        gates["soft"] = lambda: jnp.maximum(2 * jax.nn.sigmoid(lead) - 1, 0.0)
-        return gates[self.kd.gate]()
-
     def divergence(self, logits, teacher_logits) -> jax.Array:
         """How far the student is from the teacher, per token [...], from float32 logits [..., V] of both.
 
@@ -165,20 +171,30 @@ class SoftTargets(flax.struct.PyTreeNode):
         kd = self.kd
         if kd.divergence == "hard":
             return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(teacher_logits, axis=-1))
-        both = kd.temperature_on == "both"
-        log_s = jax.nn.log_softmax(logits / kd.temperature if both else logits)
+        log_s, scale = kd.student(logits)
         log_t = jax.nn.log_softmax(teacher_logits / kd.temperature)
-        scale = kd.temperature**2 if both else 1.0
         if not kd.truncated:
             return scale * _kl(log_t, log_s, kd.divergence)
         kept = _best_tokens(teacher_logits, log_t, kd)
-        if kd.tail == "renormalise":
-            log_t = jax.nn.log_softmax(jnp.where(kept, log_t, NEGATIVE))
-            return scale * jnp.where(kept, jnp.exp(log_t) * (log_t - log_s), 0.0).sum(-1)
-        # One more outcome, "any other token", holds the rest of the probability on both sides.
-        tail_s, tail_t = (jax.nn.logsumexp(jnp.where(kept, NEGATIVE, x), -1, keepdims=True) for x in (log_s, log_t))
-        log_s, log_t = (jnp.where(kept, x, NEGATIVE) for x in (log_s, log_t))
-        return scale * (_kl(log_t, log_s, kd.divergence) + _kl(tail_t, tail_s, kd.divergence))
+        tail_t = jax.nn.logsumexp(jnp.where(kept, NEGATIVE, log_t), -1)
+        return scale * truncated(kd, log_s, jnp.where(kept, log_t, NEGATIVE), kept, tail_t)
+
+
+def truncated(kd: Distillation, log_s, log_t, kept, tail_t) -> jax.Array:
+    """The divergence, per token [...], from a teacher of whom only some tokens are known.
+
+    Args:
+      log_s: log-probabilities of the student [..., V].
+      log_t, kept: those of the teacher's tokens that are known, NEGATIVE elsewhere; and which these are.
+      tail_t: log of the probability of all others [...].
+    """
+    if kd.tail == "renormalise":
+        log_t = jax.nn.log_softmax(log_t)
+        return jnp.where(kept, jnp.exp(log_t) * (log_t - log_s), 0.0).sum(-1)
+    # One more outcome, "any other token", holds the rest of the probability on both sides.
+    tail_s = jax.nn.logsumexp(jnp.where(kept, NEGATIVE, log_s), -1, keepdims=True)
+    log_s = jnp.where(kept, log_s, NEGATIVE)
+    return _kl(log_t, log_s, kd.divergence) + _kl(tail_t[..., None], tail_s, kd.divergence)
 
 
 def _kl(log_t, log_s, direction: str):

@@ -41,6 +41,7 @@ class Help(NamedTuple):
     schedule: Callable[[ConfigDict, int], tuple[Weight, int]]  # subtree, steps -> weight, first step without it
     forward: Callable[[Objective, ModelConfig | None], Forward]  # what that model computes
     metrics: tuple[str, ...]  # names, while it is active; every line of metrics.jsonl has the first one
+    group: str  # of `scored.GROUPS`, which has it where the helper has answered before the run
 
 
 def _align_forward(objective: Objective, model: ModelConfig | None) -> Forward:
@@ -52,14 +53,14 @@ def _align_forward(objective: Objective, model: ModelConfig | None) -> Forward:
 
 # By the name of the config subtree, in the order in which they are shown.
 HELPS = {
-    "kd": Help("teacher", kd.schedule, lambda _, model: Forward(model), ("kd", "kd_weight", "teacher_ce")),
+    "kd": Help("teacher", kd.schedule, lambda _, model: Forward(model), ("kd", "kd_weight", "teacher_ce"), "labels"),
     "align": Help(
         "teacher", align.schedule, _align_forward,
-        ("align", "align_cosine", "align_ratio", "align_weight"),
+        ("align", "align_cosine", "align_ratio", "align_weight"), "states",
     ),
     "select": Help(
         "scorer", select.schedule, lambda objective, model: Forward(model, rows=objective.select.candidates),
-        ("kept_fraction",),
+        ("kept_fraction",), "labels",
     ),
 }  # fmt: skip
 MAIN_METRICS = tuple(help_.metrics[0] for help_ in HELPS.values())
@@ -98,6 +99,12 @@ def cut(stops: Mapping[str, int], steps: int) -> tuple[Span, ...]:
 def needed(helps: frozenset[str]) -> frozenset[str]:
     """Which models these helps need: of "teacher" and "scorer"."""
     return frozenset(HELPS[name].needs for name in helps)
+
+
+def groups(objective: Objective, helps: frozenset[str]) -> tuple[str, ...]:
+    """Which groups of answers these helps read, where these are known before the run."""
+    lead = {"labels"} if objective.auto and helps & objective.auto.helps else set()  # by the teacher's loss
+    return tuple(sorted({HELPS[name].group for name in helps} | lead))
 
 
 def forwards(objective: Objective, helps: frozenset[str], models: Mapping[str, ModelConfig | None]) -> list[Forward]:

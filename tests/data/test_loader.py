@@ -13,6 +13,7 @@ import pytest
 from lmboost.data import loader as loader_lib
 from lmboost.data import records
 from lmboost.data import tokenizer as tokenizer_lib
+from lmboost.data import windows as windows_lib
 from lmboost.errors import UserError
 
 KEYS = {"tokens", "targets", "segment_ids", "positions", "weights"}
@@ -34,7 +35,7 @@ def rows_of(batch):
 
 def row_of(loader, i):
     """The training row with global number i."""
-    return rows_of(loader_lib.batch_of([loader.rows[i]], 1, loader.seq_len))[0]
+    return rows_of(windows_lib.batch_of([loader.rows[i]], 1, loader.seq_len))[0]
 
 
 def assert_equal(left, right):
@@ -61,8 +62,8 @@ def test_every_target_once_and_segments_within_documents(lengths, rows_per_recor
         np.testing.assert_array_equal(again.tokens, record.tokens)
         np.testing.assert_array_equal(again.doc_starts, record.doc_starts)
         assert again.length == record.length
-    windows = [loader_lib.window(record, i * seq_len, seq_len) for record in made for i in range(rows_per_record)]
-    batch = loader_lib.batch_of(windows, len(windows) + extra, seq_len)
+    windows = [windows_lib.window(record, i * seq_len, seq_len) for record in made for i in range(rows_per_record)]
+    batch = windows_lib.batch_of(windows, len(windows) + extra, seq_len)
     document_of = np.repeat(np.arange(len(lengths)), lengths)
     predicted = []
     for row in range(len(windows) + extra):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmboost.config import base
-from lmboost.data import loader
+from lmboost.data import windows
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
@@ -154,7 +154,7 @@ def test_the_step_gives_the_numbers_that_the_table_names(name):
     c = objective(kd_weight=0.5, align_weight=0.5, select_candidates=2)
     made = terms.make_objective(c, 100, model, model)
     program = Program(model, made, frozenset({name}), model, model)
-    batch = loader.batch_of([], 8 * terms.HELPS[name].forward(made, model).rows, 4)
+    batch = windows.batch_of([], 8 * terms.HELPS[name].forward(made, model).rows, 4)
     tx, plain = optax.sgd(1.0), Program(model, made)
     state = jax.eval_shape(lambda: init_state(init_params(model, made, 0, model), tx))
     helper = jax.eval_shape(lambda: transformer.init(model, jax.random.key(0)))
