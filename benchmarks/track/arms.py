@@ -22,6 +22,7 @@ class Arm(NamedTuple):
       steps_of: of `Tier.models`, whose parameters these are; empty is its own model's.
       search: whether it searches a cut of the parent instead of training.
       winner: the arm whose search found the run's model, and its start unless `fresh`.
+      answers: flags of lmboost.score, where the teacher answers before the run and is not in memory; None if it is.
       shuffled: whether the entries of each of the teacher's tensors are drawn anew from among themselves: a control.
     """
 
@@ -35,6 +36,7 @@ class Arm(NamedTuple):
     search: bool = False
     winner: str = ""
     fresh: bool = False
+    answers: dict[str, Any] | None = None
     shuffled: bool = False
 
     @property
@@ -249,6 +251,16 @@ def _cuts() -> dict[str, Arm]:
     }  # fmt: skip
 
 
+def _disk() -> dict[str, Arm]:
+    """The same help by what the teacher has written down, in so many bytes."""
+    helps = {"salt": (kd(stop=STOP), {}), "let": (align(stop=STOP), {}), "both": (both(STOP), {})}
+    helps |= {"auto": (AUTO, {"until": 0.4}), "salt-draws10": (kd(stop=STOP), {"draws": 10})}
+    helps |= {"salt-best10": (kd(stop=STOP, top_k=10), {}), "let-bytes16": (align(stop=STOP), {"state_bytes": 16})}
+    return {
+        f"disk-{name}": _helped(changes, answers={"until": STOP} | flags) for name, (changes, flags) in helps.items()
+    }
+
+
 def _adamw() -> dict[str, Arm]:
     """The papers' own comparison is with AdamW."""
     arms = {"salt": kd(stop=STOP), "let": align(stop=STOP), "both": both(STOP), "auto": AUTO}
@@ -276,7 +288,7 @@ def _sweeps(name: str) -> dict[str, Arm]:
 ARMS: dict[str, Arm] = {
     **_plain(), **_teachers(), "salt": _helped(kd(stop=STOP)), "let": _helped(align(stop=STOP)),
     "both": _helped(both(STOP)), **_stops(), **_salt(), **_selection(), **_let(), **_auto(), **_inherited(),
-    **_shorter(), **_everything(), **_cuts(), **_adamw(),
+    **_shorter(), **_everything(), **_cuts(), **_disk(), **_adamw(),
     **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
 NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order

@@ -26,7 +26,8 @@ from ml_collections import ConfigDict
 from benchmarks.track import copying
 from benchmarks.track.arms import ARMS, LINE, NEEDED, asked, workdir_of
 from benchmarks.track.setting import TIERS, Tier, recipe
-from lmboost import checkpoint, config, evaluate, flops, places, sharding, standalone
+from lmboost import checkpoint, config, evaluate, flops, places, score, sharding, standalone
+from lmboost.data import scored
 from lmboost.models.model_config import ModelConfig
 from lmboost.run import goodput, metrics
 from lmboost.search import job
@@ -41,8 +42,8 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     """Trains an arm to its end and returns its line.
 
     Losses are in nats per token, "copying" is that of `copying.measure`, "flops" are those of training with the
-    helpers' forward passes, "seconds" those of steps and their compilation; "curve" has (step, validation loss, FLOPs)
-    of each evaluation on the way.
+    helpers' forward passes (where the teacher answers before the run its are in "answers"), "seconds" those of steps
+    and their compilation; "curve" has (step, validation loss, FLOPs) of each evaluation on the way.
     """
     arm, data, workdir = ARMS[name], out / "data", str(workdir_of(out, tier.name, name, seed))
     model = tier.models[arm.model]
@@ -63,6 +64,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
         found = config.load_recipe(f"{workdir_of(out, tier.name, arm.winner, seed)}/{FOUND}/winner.py")
         c.model, model = found.model, ModelConfig(**found.model)
         c.init.update({} if arm.fresh else found.init)
+    said = _score(c, f"{workdir}-answers", arm.answers) if arm.answers is not None else {}
     train(c, workdir)
     losses = {
         loss: evaluate.evaluate(workdir, str(data / of), -1, tier.final_batches, tier.batch_size)["val_loss"]
@@ -78,8 +80,16 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
         "seconds": spent["step"] + spent["compile"],
         "curve": [[line["step"], line["val_loss"], line["flops"]] for line in evaluations],
         "config": _changed(c), "model": manifest["model"], "data": manifest["data"], "versions": manifest["versions"],
-        "devices": manifest["devices"],
+        "devices": manifest["devices"], **said,
     }  # fmt: skip
+
+
+def _score(c: ConfigDict, out: str, answers: dict[str, Any]) -> dict[str, Any]:
+    """Has the teacher answer, and the run read it; returns what that cost: FLOPs, and bytes of a token."""
+    score.score(c, score.Flags(config="", out=out, **answers))
+    manifest = scored.Scored.find(out).manifest
+    c.teacher.update({"path": "", "targets": out})
+    return {"answers": {"flops": manifest["flops"], "bytes": manifest["bytes"] / manifest["tokens"]}}
 
 
 def _search(tier: Tier, name: str, seed: int, c: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -97,7 +107,7 @@ def _search(tier: Tier, name: str, seed: int, c: ConfigDict, workdir: str) -> di
 def _changed(c: ConfigDict) -> dict[str, Any]:
     """The fields that are not as in config.base(), but for the model, which has a place of its own, and for paths."""
     base = config.flatten(config.base())
-    paths = ("data.train", "teacher.path", "init.path", "objective.select.scorer")
+    paths = ("data.train", "teacher.path", "teacher.targets", "init.path", "objective.select.scorer")
     return {
         k: v for k, v in config.flatten(c).items() if v != base[k] and k not in paths and not k.startswith("model.")
     }

@@ -119,7 +119,7 @@ def _row(arm: str, lines: list[Line], plain: list[Line], apart: np.ndarray, pool
     target, whole = curve(plain, 1)[-1], (plain[0]["steps"], plain[0]["flops"])
     reached = [crossing(curve(lines, column), curve(lines, 1), target) if better else None for column in (0, 2)]
     shares = [x and x / all_of_it for x, all_of_it in zip(reached, whole, strict=True)]
-    training = sum(_training(arms, needed) for needed in ARMS[arm].needs)
+    training = sum(_training(arms, needed) for needed in ARMS[arm].needs) + lines[0].get("answers", {}).get("flops", 0)
     losses = np.array([line["final"] for line in lines])
     return Compared(
         arm, losses, apart, p, *shares, np.mean([line["flops"] for line in lines]) / whole[1], training / whole[1]

@@ -76,6 +76,14 @@ def test_a_run_of_the_track(out):
     assert json.loads(json.dumps(line)) == line and abs(line["copying"]) < 1
 
 
+def test_a_run_of_the_track_by_answers_from_disk(out):
+    one.run(TINY, arms.ARMS["disk-both"].teacher, 4, out)
+    line = one.run(TINY, "disk-both", 4, out)
+    assert line["answers"]["flops"] > 0 and 10 < line["answers"]["bytes"]
+    assert line["flops"] == line["curve"][-1][2] == pytest.approx(one.run(TINY, "plain", 4, out)["flops"])
+    assert "teacher.targets" not in line["config"]
+
+
 @pytest.mark.slow
 def test_a_searched_cut_is_where_a_run_starts(out):
     space = {
