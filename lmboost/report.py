@@ -7,6 +7,7 @@ remote (gs://bucket/path).
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
@@ -47,6 +48,7 @@ class Run:
     trained_tokens: float  # up to its last line
     fingerprint: Any = None
     time: goodput.Goodput | None = None
+    answers: tuple[str, float] | None = None  # of helpers before the run: their fingerprint, and FLOPs that they took
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
         )
     column = lambda name: np.array([line.get(name, np.nan) for line in lines], np.float64)  # noqa: E731
     tail = {k: [line[k] for line in lines[-last:] if k in line] for k in FINAL_FIELDS}
+    manifest = checkpoint.Run(directory).manifest() or {}
+    answers = manifest.get("targets")
     return Run(
         name=name_of(directory),
         tokens=column("tokens"),
@@ -82,8 +86,9 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
         steps=column("step"),
         final={k: float(np.mean(v)) if v else None for k, v in tail.items()},
         trained_tokens=max(line.get("tokens", 0.0) for line in every),
-        fingerprint=(checkpoint.Run(directory).manifest() or {}).get("data", {}).get("fingerprint"),
+        fingerprint=manifest.get("data", {}).get("fingerprint"),
         time=goodput.read(directory),
+        answers=answers and (answers["fingerprint"], answers["flops"]),
     )
 
 
@@ -156,7 +161,7 @@ def compare(baseline: Run, runs: Sequence[Run], helper: Mapping[str, float | Non
 
     The target is the baseline's final loss, and what it spent on it is its whole run. FLOPs and seconds of a run hold
     its helpers' forward passes; `helper` is what training the helper cost (`training_cost`), added to every run but
-    the baseline.
+    the baseline. What helpers have answered before the runs is shared by those of the runs that read it.
 
     Raises a UserError where runs were evaluated on different data.
     """
@@ -169,10 +174,18 @@ def compare(baseline: Run, runs: Sequence[Run], helper: Mapping[str, float | Non
             )
     target, total_tokens = baseline.final["val_loss"], float(baseline.tokens[-1])
     total = {name: _number(getattr(baseline, name)[-1]) for name in SPENT}
+    served = collections.Counter(run.answers[0] for run in runs if run.answers)
+
+    def before(name: str, run: Run) -> float | None:
+        """What was spent before the run on its help."""
+        trained = helper["flops"] if helper else 0.0 if run.answers else None
+        if name == "flops" and run.answers and trained is not None:
+            return trained + run.answers[1] / served[run.answers[0]]
+        return None if run.answers else helper and helper[name]
 
     def spent(name: str, reached: Crossing | None, run: Run) -> dict[str, float | None]:
         cost = reached and getattr(reached, name)
-        trained = helper and helper[name]
+        trained = before(name, run) if run is not baseline else None
         with_helper = cost + trained if run is not baseline and None not in (cost, trained) else None
         return {
             f"{name}_to_target": cost,
@@ -195,6 +208,7 @@ def compare(baseline: Run, runs: Sequence[Run], helper: Mapping[str, float | Non
             "tokens_fraction": _ratio(reached and reached.tokens, total_tokens),
             **spent("flops", reached, run),
             **spent("seconds", reached, run),
+            "answers": run.answers and {"flops": run.answers[1], "runs": served[run.answers[0]]},
         } | ({"goodput": _time(run.time)} if run.time else {})
 
     about = {"target_loss": target} | {f"helper_{name}": helper and helper[name] for name in SPENT}
@@ -238,8 +252,8 @@ def _tables(report: dict[str, Any]) -> list[tuple[str, list[list[str]]]]:
         ("Validation loss after a share of the baseline's tokens, nats per token", losses),
         (f"Cost of the baseline's final loss ({target:.4f}); x is a multiple of the baseline's whole run", costs),
     ]
-    if report["helper_flops"] is not None:
-        tables.append(("The same with the helper's training", whole))
+    if report["helper_flops"] is not None or any(row["answers"] for row in report["runs"]):
+        tables.append(("The same with what was spent on help before", whole))
     return tables + ([_time_table(report)] if any("goodput" in row for row in rows) else [])
 
 
@@ -280,6 +294,10 @@ def _notes(report: dict[str, Any], last: int) -> list[str]:
     ]
     if (cost := report["helper_flops"]) is not None:
         notes.append(f"Training the helper cost {cost:.3g} FLOPs, added to every run but the baseline.")
+    for row in report["runs"]:
+        if answers := row["answers"]:
+            shared = f", which {answers['runs']} of these runs share" if answers["runs"] > 1 else ""
+            notes.append(f"{row['name']}: what helpers said before the run took {answers['flops']:.3g} FLOPs{shared}.")
     if report["baseline"]["seconds_to_target"] is not None:
         notes.append(
             "Seconds are of training steps alone, as the clock had them: they can be compared where the machine was "

@@ -260,3 +260,22 @@ def test_links_in_the_place_of_a_report_are_replaced_and_not_followed(tmp_path):
     run_main(tmp_path, f"--baseline={a}", f"--run={b}")
     for name in ("report.md", "report.json", "report.png"):
         assert (tmp_path / f"mine-{name}").read_text() == "mine" and not (tmp_path / "out" / name).is_symlink()
+
+
+def test_what_helpers_said_before_is_shared_by_the_runs_that_read_it(tmp_path):
+    baseline, helper = save(tmp_path / "plain", [3.0, 2.0]), save(tmp_path / "helper", [3.0])
+    runs = [save(tmp_path / name, [2.5, 1.9], fingerprint="d") for name in ("one", "two", "alone", "online")]
+    for name, mark in (("one", "a"), ("two", "a"), ("alone", "b")):
+        path = tmp_path / name / "manifest.json"
+        manifest = json.loads(path.read_text())
+        path.write_text(json.dumps(manifest | {"targets": {"fingerprint": mark, "flops": 600.0, "directory": "x"}}))
+    flags = [f"--baseline={baseline}", *(f"--run={run}" for run in runs)]
+    for more, trained in (([], 0.0), ([f"--helper={helper}"], 10.0 * 10 * 100)):
+        found = run_main(tmp_path, *flags, *more)["runs"]
+        for row, shared in zip(found[:3], (300.0, 300.0, 600.0), strict=True):
+            assert row["flops_with_helper"] == pytest.approx(row["flops_to_target"] + trained + shared)
+            assert row["seconds_with_helper"] is None
+        assert (found[3]["flops_with_helper"] is None) == (not more)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "one: what helpers said before the run took 600 FLOPs, which 2 of these runs share." in text
+    assert "alone: what helpers said before the run took 600 FLOPs." in text

@@ -188,6 +188,7 @@ def _shorter() -> dict[str, Arm]:
     """A larger model's layers, which of them, and how fast these learn, at two fifths of the plain run's length."""
     inherit = MUON | {"init.kind": "inherit"}
     choices = {"": "", "ends": "0-1,4-5", "first3": "0-2,5", "middle": "0,2-3,5", "spread": "0-1,3,5"}
+    choices["spread-of-9"] = "0-1,3,5,7-8"  # at micro
     starts = {name: inherit | {"init.layers": layers} for name, layers in choices.items()}
     rates = {
         name: starts["ends"] | {"optimizer.learning_rate": rate} for name, rate in (("slow", 4e-3), ("fast", 1.2e-2))
@@ -197,7 +198,11 @@ def _shorter() -> dict[str, Arm]:
         "deep-long": Arm(MUON, "deep", steps_of="student", length=2.0),
         "deep-longer": Arm(MUON, "deep", steps_of="student", length=4.0),
         "inherit-ends": Arm(starts["ends"], parent="deep"),
+        "inherit-spread": Arm(starts["spread"], parent="deep"),
+        "inherit-spread-of-9": Arm(starts["spread-of-9"], parent="deep"),
         "inherit-long-ends": Arm(starts["ends"], parent="deep-long"),
+        "inherit-long-spread": Arm(starts["spread"], parent="deep-long"),
+        "inherit-long-spread-x0.3": Arm(starts["spread"], parent="deep-long", length=0.3),
         "inherit-x0.4": Arm(starts[""], parent="deep", length=0.4),
         "inherit-ends-x0.4": Arm(starts["ends"], parent="deep", length=0.4),
         "inherit-longer-ends-x0.4": Arm(starts["ends"], parent="deep-longer", length=0.4),
