@@ -52,7 +52,7 @@ def base() -> ConfigDict:
     teacher.targets = ""  # a directory by lmboost.score: what the helpers say is read from there, and no helper needed
 
     c.objective = objective = ConfigDict()
-    objective.block_tokens = 1024  # tokens, per device, projected to the vocabulary at a time
+    objective.block_tokens = 0  # tokens, per device, projected to the vocabulary at a time; 0 chooses by its size
     objective.z_loss = 0.0  # weight of log(Z)^2
 
     # SALT (arXiv 2410.18779): (1 - w) * ce + w * kd while the teacher helps.

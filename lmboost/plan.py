@@ -197,13 +197,13 @@ def check_numbers(config: ConfigDict, num_devices: int) -> None:
     """Raises a UserError on the first number of the config that cannot be, on so many devices."""
     for field in (
         "steps", "batch_size", "seq_len", "accumulation", "log.every", "log.profile_steps", "checkpoint.every",
-        "checkpoint.keep", "objective.block_tokens", "max_nonfinite",
+        "checkpoint.keep", "max_nonfinite",
     ):  # fmt: skip
         if (value := configs.flatten(config)[field]) < 1:
             raise UserError(f"{field}={value} must be at least 1.")
     for field in (
         "checkpoint.seconds", "checkpoint.keep_every", "checkpoint.retry_seconds", "watchdog.seconds", "eval.every",
-        "data.workers", "seed",
+        "data.workers", "objective.block_tokens", "seed",
     ):  # fmt: skip
         if not (value := configs.flatten(config)[field]) >= 0:  # a NaN, too
             raise UserError(f"{field}={value} must be at least 0.")

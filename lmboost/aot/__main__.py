@@ -22,13 +22,12 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from importlib import metadata
 
 import jax
 
 from lmboost import config as configs
 from lmboost import sharding
-from lmboost.aot.compiler import GIB, compile_phases, compiler_log, devices, named
+from lmboost.aot.compiler import GIB, compile_phases, compiler_log, devices, libtpu_version, named
 from lmboost.aot.problems import PROBLEMS
 from lmboost.aot.step import make_run, teacher_of
 from lmboost.errors import one_of, run_verb
@@ -81,7 +80,7 @@ def main(argv: Sequence[str]) -> None:
         "recipe": flags.config, "overrides": [a for a in argv if a.startswith(("--config.", "--noconfig."))],
         "topology": flags.topology, "slices": flags.slices, "devices": len(pod), "mesh": dict(mesh.shape),
         "parameters": run.student.num_params(), "jax": jax.__version__,
-        "libtpu": metadata.version("libtpu"), "phases": [],
+        "libtpu": libtpu_version(), "phases": [],
     }  # fmt: skip
     chip = flags.topology.partition(":")[0]
     for phase in compile_phases(c, run, mesh, chip, log, flags.phases == "first"):

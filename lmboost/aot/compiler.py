@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from lmboost.aot import hlo
 from lmboost.aot.problems import describe, moved_logits, moved_stack, rounded_sum
 from lmboost.aot.step import lower
 from lmboost.errors import UserError, one_of
+from lmboost.models.vocabulary import GROUP_BYTES
 
 # Memory of one jax device in GiB, and the topologies that the compiler has. https://cloud.google.com/tpu/docs
 HBM = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
@@ -65,6 +67,11 @@ def devices(topology: str, slices: int = 1) -> Sequence[Any]:
         raise UserError(
             f"the TPU compiler does not start: {str(error).splitlines()[0]} It needs libtpu: pip install 'jax[tpu]'."
         ) from error
+
+
+def libtpu_version() -> str:
+    """Of the compiler that is installed."""
+    return metadata.version("libtpu")
 
 
 def rematerialisations(log: str) -> list[str]:
@@ -113,7 +120,8 @@ def compile_phases(
         moved = Counter()
         for one in collectives:
             moved[one.kind] += one.times * one.bytes
-        block = run.objective.block_tokens
+        columns = run.student.vocab_rows // mesh.shape["tensor"]
+        block = run.objective.block_tokens or GROUP_BYTES // (2 * columns)
         yield {
             "first": first,
             "end": end,

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself: the collectives in its text, how often they run, and what they move.
+"""What a compiled program says of itself: its collectives, how often they run, what they move; and its own cycles.
 
 The text is the compiler's own (HLO), after all of its passes. A collective counts as often as the loops around it
 turn; the pieces that an asynchronous one is cut in count once. Shapes in it are those on one chip.
@@ -143,6 +143,17 @@ class Program:
 
     def _named(self, name: str, computation: str) -> _Instruction:
         return next(one for one in self._computations[computation] if one.name == name)
+
+    def cycles(self) -> int:
+        """The compiler's own estimate of what the program's instructions take on a chip, waiting for others left out.
+
+        It is what each fused operation says of itself, times the turns of the loops around it: good for ratios.
+        """
+        total = 0
+        for one, computation, around, times in self._visit(self._entry, self._entry, 1):
+            said = re.search(r'"estimated_cycles":"?(\d+)', one.line)
+            total += times * int(said[1]) if said and computation == around else 0
+        return total
 
     def collectives(self) -> list[Collective]:
         """Every collective of the program; one that is fused in pieces into what it runs beside is one."""

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from lmboost import sharding
 from lmboost.models.linear import factors
 
+# Of a device, where the size of blocks is not given: logits of one, large enough for a TPU's matrix unit; and what is
+# kept of several to be multiplied at once, so that the gradient of the head is read and written seldom.
+LOGITS_BYTES, GROUP_BYTES = 128 * 2**20, 256 * 2**20
 NEGATIVE = -1e30  # logit of what must never be predicted; finite, so that 0 * NEGATIVE is 0
 
 
@@ -73,22 +76,70 @@ def over_blocks(fn: Callable, head: Head, h_BxTxD, rows: Any, block_tokens: int,
     Args:
       head: laid out, see `Head.laid_out`.
       rows: a tree of arrays [B, T, ...] that are cut as the hidden states are.
-      block_tokens: tokens per device and block.
+      block_tokens: tokens per device and block; 0 is `block_of`.
 
     In a block arrays are [S, B / S, T / blocks, ...], logits float32 [..., V]. Returns the last carry, and what was
     given out as a tree of [B, T, ...].
     """
     shards = sharding.batch_shards()
-    blocks = num_blocks(*h_BxTxD.shape[:2], block_tokens, shards)
+    blocks = num_blocks(*h_BxTxD.shape[:2], block_of(block_tokens, head), shards)
+    xs = jax.tree.map(lambda x: _split_blocks(x, shards, blocks), (h_BxTxD, rows))
+    carry, out = jax.lax.scan(_of_logits(fn, head), carry, xs)
+    return carry, jax.tree.map(lambda x: _join_blocks(x, (*h_BxTxD.shape[:2], *x.shape[4:])), out)
 
-    def one_block(carry, block):
+
+def over_groups(
+    fn: Callable, then: Callable, head: Head, h_BxTxD, rows: Any, block_tokens: int, carries: tuple[Any, Any]
+) -> tuple[tuple[Any, Any], jax.Array]:
+    """As `over_blocks`, but what `fn` gives out of several blocks is taken together, and is of no block's size then.
+
+    `carries[1], out = then(carries[1], h, given)` for each group of blocks, where `given` is what `fn`, which has
+    `carries[0]`, gave out of them, and `h` their hidden states [blocks, S, B / S, T / all blocks, D]; `out` is like h.
+
+    A group is as many blocks as have `GROUP_BYTES` in the model's dtype, where block_tokens is 0, or one.
+    """
+    shards, (batch, tokens) = sharding.batch_shards(), h_BxTxD.shape[:2]
+    block = block_of(block_tokens, head)
+    size = block_tokens or max(block, GROUP_BYTES // (h_BxTxD.dtype.itemsize * _columns(head)))
+    groups = num_blocks(batch, tokens, size, shards)
+    blocks = num_blocks(batch, tokens // groups, block, shards)
+
+    def cut(x):  # [S, B / S, T / groups, ...] -> [blocks, S, B / S, T / all blocks, ...]
+        x = x.reshape(*x.shape[:2], blocks, x.shape[2] // blocks, *x.shape[3:])
+        return sharding.constrain(jnp.moveaxis(x, 2, 0), (None, "batch") + (None,) * (x.ndim - 2))
+
+    def one_group(carries, group):
+        h, rows = jax.tree.map(cut, group)
+        first, given = jax.lax.scan(_of_logits(fn, head), carries[0], (h, rows))
+        second, out = then(carries[1], h, given)
+        out = jnp.moveaxis(out, 0, 2)
+        return (first, second), out.reshape(*out.shape[:2], -1, out.shape[-1])
+
+    xs = jax.tree.map(lambda x: _split_blocks(x, shards, groups), (h_BxTxD, rows))
+    carries, out = jax.lax.scan(one_group, carries, xs)
+    return carries, _join_blocks(out, (batch, tokens, out.shape[-1]))
+
+
+def _of_logits(fn: Callable, head: Head) -> Callable:
+    """A step of a scan over (hidden states, rows) of blocks that calls `fn` with their logits."""
+
+    def step(carry, block):
         h, rows = block
         logits = sharding.constrain(project(h, head), ("batch", None, None, "vocab"))
         return fn(carry, logits, h, rows)
 
-    xs = jax.tree.map(lambda x: _split_blocks(x, shards, blocks), (h_BxTxD, rows))
-    carry, out = jax.lax.scan(one_block, carry, xs)
-    return carry, jax.tree.map(lambda x: _join_blocks(x, (*h_BxTxD.shape[:2], *x.shape[4:])), out)
+    return step
+
+
+def block_of(block_tokens: int, head: Head) -> int:
+    """Tokens per device and block: what is given, or for 0 as many as have `LOGITS_BYTES` of float32 logits."""
+    return block_tokens or max(1, LOGITS_BYTES // (4 * _columns(head)))
+
+
+def _columns(head: Head) -> int:
+    """Of the vocabulary on a device."""
+    columns, shards = head.kernel_DxV.shape[1], sharding.shards("vocab")
+    return columns // shards if columns % shards == 0 else columns
 
 
 def num_blocks(rows: int, seq_len: int, block_tokens: int, shards: int) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from lmboost import sharding
 from lmboost.models.linear import factors
-from lmboost.models.vocabulary import Head, over_blocks, pick
+from lmboost.models.vocabulary import Head, over_blocks, over_groups, pick
 from lmboost.objective.kd import SoftTargets
 
 
@@ -59,7 +59,7 @@ def blend(
       targets, weights: [B, T], int32 labels and float32 weights (0 where there is nothing to predict).
       coefficients: of this step; default ce alone.
       soft: what kd compares the student with, over the vocabulary that both have.
-      block_tokens: tokens per device and block.
+      block_tokens: tokens per device and block; 0 chooses, see `vocabulary.over_groups`.
 
     Only `loss` is differentiable; the other sums carry no gradient.
     """
@@ -93,44 +93,81 @@ def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
     head = Head(kernel_DxV, vocab_size).laid_out(h_BxTxD.dtype)
     soft = soft and soft.laid_out()
 
-    def one_block(carry, logits, h_SxBxTxD, rows):
-        sums, kernel_gradient_SxDxV = carry
+    def one_block(sums, logits, h_SxBxTxD, rows):
         labels, w, soft_rows = rows
-        soft_block = soft and soft.of_block(soft_rows, vocab_size, logits.shape[-1])
+        soft_block = soft and soft.of_block(soft_rows, labels, vocab_size, logits.shape[-1])
+        weigh = _weigh_mixture if soft is None or soft.is_mixture else _weigh
+        block_sums, logits_gradient = weigh(logits, labels, w, coefficients, soft, soft_block, with_gradient)
+        logits_gradient = logits_gradient.astype(h_SxBxTxD.dtype) if with_gradient else None
+        return jax.tree.map(jnp.add, sums, block_sums), logits_gradient
 
-        def weigh(logits):
-            log_z = jax.nn.logsumexp(logits, axis=-1)
-            ce = log_z - pick(logits, labels)
-            kd = soft.divergence(logits, soft_block) if soft else jnp.zeros_like(ce)
-            teacher = soft.loss(soft_block, labels) if soft else jnp.zeros_like(ce)
-            gate = soft and soft.kd.gate_of(ce, teacher)
-            blended = coefficients.ce * ce + coefficients.kd * kd
-            blended = blended if gate is None else gate * blended + (1 - gate) * ce
-            blended, ce, kd, z, teacher = (jnp.sum(w * x) for x in (blended, ce, kd, jnp.square(log_z), teacher))
-            loss = blended + coefficients.z * z
-            return loss, Sums(loss, ce, kd, z, teacher, jnp.sum(w))
-
-        if not with_gradient:
-            return (jax.tree.map(jnp.add, sums, weigh(logits)[1]), None), None
-        logits_gradient, block_sums = jax.grad(weigh, has_aux=True)(logits)
-        logits_gradient = logits_gradient.astype(h_SxBxTxD.dtype)
-        h_gradient = jnp.einsum("sbtv,dv->sbtd", logits_gradient, head.kernel_DxV)
+    def gradients(kernel_gradient_SxDxV, h_NxSxBxTxD, logits_gradient):
+        h_gradient = jnp.einsum("nsbtv,dv->nsbtd", logits_gradient, head.kernel_DxV)
         # One sum per shard: devices add up their own tokens, and exchange once, after the last block.
         kernel_gradient_SxDxV += jnp.einsum(
-            "sbtd,sbtv->sdv", *factors(h_SxBxTxD, logits_gradient), preferred_element_type=jnp.float32
+            "nsbtd,nsbtv->sdv", *factors(h_NxSxBxTxD, logits_gradient), preferred_element_type=jnp.float32
         )
-        return (jax.tree.map(jnp.add, sums, block_sums), kernel_gradient_SxDxV), h_gradient
+        return kernel_gradient_SxDxV, h_gradient
 
     zeros = Sums(*(jnp.zeros((), jnp.float32),) * 6)
-    gradient_zeros = None
-    if with_gradient:
-        gradient_zeros = jnp.zeros((sharding.batch_shards(), *kernel_DxV.shape), jnp.float32)
-        gradient_zeros = sharding.constrain(gradient_zeros, ("batch", None, "vocab"))
     rows = (targets, weights, soft and soft.per_token)
-    (sums, kernel_gradient_SxDxV), h_gradient = over_blocks(
-        one_block, head, h_BxTxD, rows, block_tokens, (zeros, gradient_zeros)
-    )
     if not with_gradient:
-        return sums, None
+        return over_blocks(one_block, head, h_BxTxD, rows, block_tokens, zeros)[0], None
+    gradient_zeros = jnp.zeros((sharding.batch_shards(), *kernel_DxV.shape), jnp.float32)
+    gradient_zeros = sharding.constrain(gradient_zeros, ("batch", None, "vocab"))
+    (sums, kernel_gradient_SxDxV), h_gradient = over_groups(
+        one_block, gradients, head, h_BxTxD, rows, block_tokens, (zeros, gradient_zeros)
+    )
     kernel_gradient = sharding.constrain(kernel_gradient_SxDxV.sum(0), ("embed", "vocab")).astype(kernel_DxV.dtype)
     return sums, (h_gradient, kernel_gradient)
+
+
+def _weigh_mixture(logits, labels, w, coefficients: Coefficients, soft, block, with_gradient: bool):
+    """(Sums of a block, gradient of the loss by its logits), where kd is as far as the student is from a distribution.
+
+    The gradient of cross-entropy with any distribution q is softmax(logits) - q, so each exponential is taken once.
+    """
+    top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    shifted = logits - top
+    exp = jnp.exp(shifted)
+    total = exp.sum(-1)
+    log_z, log_total = jnp.log(total) + top[..., 0], jnp.log(total)
+    ce = log_total - pick(shifted, labels)
+    kd = teacher = jnp.zeros_like(ce)
+    if soft:
+        kd = log_total + block.negative_entropy - block.scale * jnp.sum(block.weights * shifted, -1)
+        teacher = block.teacher
+    gate = soft and soft.kd.gate_of(ce, teacher)
+    of_ce, of_kd = coefficients.ce, coefficients.kd if soft else 0.0
+    if gate is not None:
+        of_ce, of_kd = gate * of_ce + (1 - gate), gate * of_kd
+    z = jnp.square(log_z)
+    sums = [jnp.sum(w * x) for x in (of_ce * ce + of_kd * kd + coefficients.z * z, ce, kd, z, teacher)]
+    if not with_gradient:
+        return Sums(*sums, jnp.sum(w)), None
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    own = w * (of_ce + of_kd + 2 * coefficients.z * log_z) / total
+    gradient = own[..., None] * exp - jnp.where(columns == labels[..., None], (w * of_ce)[..., None], 0.0)
+    if soft:
+        gradient -= (w * of_kd * block.scale)[..., None] * block.weights
+    return Sums(*sums, jnp.sum(w)), gradient
+
+
+def _weigh(logits, labels, w, coefficients: Coefficients, soft, block, with_gradient: bool):
+    """As `_weigh_mixture`, for a kd of any kind."""
+
+    def weigh(logits):
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        ce = log_z - pick(logits, labels)
+        kd, teacher = soft.divergence(logits, block), block.teacher
+        gate = soft.kd.gate_of(ce, teacher)
+        blended = coefficients.ce * ce + coefficients.kd * kd
+        blended = blended if gate is None else gate * blended + (1 - gate) * ce
+        blended, ce, kd, z, teacher = (jnp.sum(w * x) for x in (blended, ce, kd, jnp.square(log_z), teacher))
+        loss = blended + coefficients.z * z
+        return loss, Sums(loss, ce, kd, z, teacher, jnp.sum(w))
+
+    if not with_gradient:
+        return weigh(logits)[1], None
+    gradient, sums = jax.grad(weigh, has_aux=True)(logits)
+    return sums, gradient

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from lmboost.data.scored import SoftLabels
 from lmboost.errors import UserError
 from lmboost.models.vocabulary import NEGATIVE, pick, spread
-from lmboost.objective.kd import Distillation, truncated
+from lmboost.objective.kd import Distillation, Known, Mixture, truncated
 
 
 def check(labels: SoftLabels, kd: Distillation, vocab_size: int, where: str) -> None:
@@ -63,27 +63,25 @@ class CachedTargets(flax.struct.PyTreeNode):
     def laid_out(self) -> "CachedTargets":
         return self
 
-    def of_block(self, rows, vocab_size: int, columns: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(shares of the draws, or log-probabilities with NEGATIVE where there is none, [..., V]; rest; teacher)."""
+    @property
+    def is_mixture(self) -> bool:
+        return self.labels.kind == "draws" and self.kd.is_cross_entropy
+
+    def of_block(self, rows, labels, vocab_size: int, columns: int) -> Mixture | Known:
+        """What is known of a block in as many columns as the student's logits, see `kd.SoftTargets`."""
         ids, values, rest, teacher = rows
-        ids, values = ids.astype(jnp.int32), values.astype(jnp.float32)
-        if self.labels.kind == "draws":
-            there = values > 0
-            known = spread(jnp.where(there, ids, columns), values / self.labels.number, columns, 0.0)
-        else:
-            known = spread(ids, values, columns, NEGATIVE)
-        return known, rest.astype(jnp.float32), teacher.astype(jnp.float32)
+        ids, rest, teacher = ids.astype(jnp.int32), rest.astype(jnp.float32), teacher.astype(jnp.float32)
+        if self.labels.kind == "best":
+            return Known(spread(ids, values, columns, NEGATIVE), rest, teacher)
+        counts = values.astype(jnp.float32)
+        drawn = spread(jnp.where(counts > 0, ids, columns), counts, columns, 0.0)
+        return Mixture(drawn, jnp.full(rest.shape, 1 / self.labels.number), -rest, teacher)
 
-    def loss(self, block, labels) -> jax.Array:
-        """The teacher's cross-entropy on the labels, per token [...]."""
-        return block[2]
-
-    def divergence(self, logits, block) -> jax.Array:
+    def divergence(self, logits, block: Mixture | Known) -> jax.Array:
         """How far the student is from the teacher, per token [...]; of draws in the mean over many."""
-        known, rest, _ = block
-        if self.kd.divergence == "hard":
-            return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(known, axis=-1))
         log_s, scale = self.kd.student(logits)
         if self.labels.kind == "draws":
-            return scale * (-jnp.sum(known * log_s, -1) - rest)
-        return scale * truncated(self.kd, log_s, known, known > NEGATIVE, rest)
+            return scale * (block.negative_entropy - block.scale * jnp.sum(block.weights * log_s, -1))
+        if self.kd.divergence == "hard":
+            return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(block.logits, axis=-1))
+        return scale * truncated(self.kd, log_s, block.logits, block.logits > NEGATIVE, block.rest)

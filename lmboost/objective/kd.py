@@ -40,6 +40,11 @@ class Distillation:
     def truncated(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0
 
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether the student's own distribution is compared, as on the labels."""
+        return self.temperature_on == "teacher" or self.temperature == 1
+
     def student(self, logits) -> tuple[jax.Array, float]:
         """(log-probabilities of the student that are compared, what the term is multiplied by)."""
         if self.temperature_on == "both":
@@ -132,12 +137,38 @@ def schedule(c: ConfigDict, steps: int) -> tuple[Weight, int]:
     return weight, stop if w else 0
 
 
+class Mixture(flax.struct.PyTreeNode):
+    """A distribution over the vocabulary at each token of a block, `scale * weights`, that the student is to have.
+
+    weights: [..., V], of which the sum is 1 / scale; scale: [...].
+    negative_entropy: sum of p * log p [...].
+    teacher: its cross-entropy on the labels [...].
+    """
+
+    weights: jax.Array
+    scale: jax.Array
+    negative_entropy: jax.Array
+    teacher: jax.Array
+
+
+class Known(flax.struct.PyTreeNode):
+    """What a divergence of another kind asks for of a block: the teacher's logits [..., V], or what is known of them.
+
+    rest: for what is known the log-probability of all other tokens [...].
+    teacher: its cross-entropy on the labels [...].
+    """
+
+    logits: jax.Array
+    rest: jax.Array | None
+    teacher: jax.Array
+
+
 class SoftTargets(flax.struct.PyTreeNode):
     """What the student's tokens are compared with, a block of them at a time: the teacher's last hidden states.
 
     `blend` asks them for `per_token`, arrays [B, T, ...] that are cut into the blocks; `of_block`, what a block's part
-    of them says of the vocabulary; and what follows from that: `divergence` of the student's logits, `loss` of the
-    teacher on the labels. `cached.CachedTargets` are the same from disk.
+    of them says of the vocabulary: a `Mixture` where `is_mixture`, or else what `divergence` of the student's logits
+    asks for. `cached.CachedTargets` are the same from disk.
     """
 
     h_BxTxE: jax.Array
@@ -149,33 +180,44 @@ class SoftTargets(flax.struct.PyTreeNode):
     def per_token(self) -> jax.Array:
         return self.h_BxTxE
 
+    @property
+    def is_mixture(self) -> bool:
+        return self.kd.is_cross_entropy and not self.kd.truncated and self.kd.divergence == "forward"
+
     def laid_out(self) -> "SoftTargets":
         """The same with its head where every block finds it."""
         return self.replace(head=Head(self.head, self.vocab_size).laid_out(self.h_BxTxE.dtype).kernel_DxV)
 
-    def of_block(self, h, vocab_size: int, columns: int) -> jax.Array:
-        """The teacher's logits over the vocabulary that both have, in as many columns as the student's."""
+    def of_block(self, h, labels, vocab_size: int, columns: int) -> Mixture | Known:
+        """What the teacher says over the vocabulary that both have, in as many columns as the student's logits."""
         logits = project(h, Head(self.head, self.vocab_size), vocab_size, columns)
-        return sharding.constrain(logits, ("batch", None, None, "vocab"))
+        logits = sharding.constrain(logits, ("batch", None, None, "vocab"))
+        if not self.is_mixture:
+            return Known(logits, None, jax.nn.logsumexp(logits, axis=-1) - pick(logits, labels))
+        shifted = logits - logits.max(-1, keepdims=True)
+        tempered = shifted / self.kd.temperature
+        exp = jnp.exp(tempered)
+        total = exp.sum(-1)
+        log_total = jnp.log(total)
+        negative_entropy = jnp.sum(exp * tempered, -1) / total - log_total
+        if self.kd.temperature != 1:
+            log_total = jnp.log(jnp.exp(shifted).sum(-1))
+        return Mixture(exp.astype(h.dtype), 1 / total, negative_entropy, log_total - pick(shifted, labels))
 
-    def loss(self, teacher_logits, labels) -> jax.Array:
-        """The teacher's cross-entropy on the labels, per token [...]."""
-        return jax.nn.logsumexp(teacher_logits, axis=-1) - pick(teacher_logits, labels)
-
-    def divergence(self, logits, teacher_logits) -> jax.Array:
-        """How far the student is from the teacher, per token [...], from float32 logits [..., V] of both.
+    def divergence(self, logits, block: Known) -> jax.Array:
+        """How far the student is from the teacher, per token [...], from float32 logits [..., V] of the student.
 
         Zero where they agree: KL rather than the paper's cross-entropy, which is larger by the teacher's entropy and
         has the same gradient. Columns that are NEGATIVE in both are padding.
         """
         kd = self.kd
         if kd.divergence == "hard":
-            return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(teacher_logits, axis=-1))
+            return jax.nn.logsumexp(logits, axis=-1) - pick(logits, jnp.argmax(block.logits, axis=-1))
         log_s, scale = kd.student(logits)
-        log_t = jax.nn.log_softmax(teacher_logits / kd.temperature)
+        log_t = jax.nn.log_softmax(block.logits / kd.temperature)
         if not kd.truncated:
             return scale * _kl(log_t, log_s, kd.divergence)
-        kept = _best_tokens(teacher_logits, log_t, kd)
+        kept = _best_tokens(block.logits, log_t, kd)
         tail_t = jax.nn.logsumexp(jnp.where(kept, NEGATIVE, log_t), -1)
         return scale * truncated(kd, log_s, jnp.where(kept, log_t, NEGATIVE), kept, tail_t)
 
