@@ -7,8 +7,9 @@ Commands, once text like FineWeb is prepared with GPT-2's tokenizer (TOKENIZER/t
 
 Variants: (none) begins with the layers of a model of half the depth that is at hand, each twice; guided: from scratch,
 a smaller model of any shape that is at hand is its guide until its lead is used up (--config.teacher.path=RUNS/small);
-inherit: begins with the first 12 layers of a deeper one (--config.init.path=RUNS/deep); plain: none of these; shallow,
-teacher, reference: the models of half the depth, the smaller and the deeper one themselves. With ",tiny" (as in
+inherit: begins with 12 of the 18 layers of a deeper one, from all of its depth (--config.init.path=RUNS/deep), and then
+two fifths of the steps may be enough (--config.steps=2480); plain: none of these; shallow, teacher, reference: the
+models of half the depth, the smaller and the deeper one themselves. With ",tiny" (as in
 :guided,tiny) the same switches at a size that runs in seconds on a CPU.
 
 Measured at 0.1M and 0.4M parameters, not at this size (benchmarks/track/results): README.md has the table, what it
@@ -50,6 +51,7 @@ def get_config(variant=""):
     c.steps, c.batch_size, c.seq_len, c.accumulation = 6200, 512, 1024, 16
     c.model = config.model(STUDENT, **OTHERS.get(arm, {}))
     c.init.kind = {"": "stack", "inherit": "inherit"}.get(arm, "copy")
+    c.init.layers = "0-2,4,6,8,10,12,14-17" if arm == "inherit" else ""
     if arm == "guided":
         align = c.objective.align
         align.weight, align.scale, align.pairs, align.stop = 2.0, "ratio", "half:last", "auto"
@@ -59,5 +61,5 @@ def get_config(variant=""):
     if "tiny" in v:
         c.model = config.model(tiny(ModelConfig(**c.model), layers={"shallow": 1, "reference": 4}.get(arm, 2)))
         config.shrink(c)
-        c.accumulation = 1
+        c.accumulation, c.init.layers = 1, "0,3" if arm == "inherit" else ""
     return c
