@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from lmboost import sharding, strict_json
 from lmboost.data.loader import DataInfo
-from lmboost.data.scored import Scored, Selection
+from lmboost.data.scored import Parts, Scored, Selection, SoftLabels, State
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective import cached
@@ -115,6 +115,24 @@ def _within_reach(scored, data, seed, objective, stops, rows_before) -> dict[str
                 )
             ends[name] = min(ends[name], last)
     return ends
+
+
+def parts_of(run: Any, draws: int = 50, state_bytes: int = 128) -> Parts:
+    """What the helps of a run (a plan.Plan) read, as `lmboost.score` writes it with these flags."""
+    on, objective, labels, states = {name for name, stop in run.stops.items() if stop}, run.objective, None, []
+    if "kd" in on:
+        kd, vocab_size = objective.kd, min(run.student.vocab_size, run.teacher.model.vocab_size)
+        if kd.top_p < 1:
+            raise UserError(f"objective.kd.top_p={kd.top_p}: take objective.kd.top_k, or 1 for draws.")
+        kind, number = ("best", min(kd.top_k, vocab_size)) if kd.top_k else ("draws", draws)
+        labels = SoftLabels(kind, number, kd.temperature, vocab_size, min(number, vocab_size))
+    if "align" in on:
+        width = run.teacher.model.d_model
+        kept = min(width, state_bytes - 2) if state_bytes else width
+        states = [State(layer, width, kept) for layer in sorted({t for _, t in objective.align.pairs})]
+    select = Selection(objective.select.k, objective.select.others) if "select" in on else None
+    final_norm = objective.align.final_norm if "align" in on else True
+    return Parts(run.seq_len, labels, bool(on & {"kd", "align"}), select, tuple(states), final_norm)
 
 
 def load(scored: Scored, mesh: Mesh) -> dict[str, Any]:

@@ -20,7 +20,9 @@ whatever their batch size, hosts and restarts: rows are known by their numbers. 
 served that read these rows first.
 """
 
+import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,10 +33,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import checkpoint, config, flops, plan, sharding, teacher
+from lmboost import answers, checkpoint, config, flops, plan, sharding, teacher
 from lmboost.data import loader, records, scored
-from lmboost.data.scored import Parts, Reach, Selection, SoftLabels, State
-from lmboost.data.scoring import Unfinished
+from lmboost.data.scored import Parts, Reach
+from lmboost.data.scoring import Unfinished, opened
 from lmboost.errors import UserError, count, fraction, run_verb
 from lmboost.objective import terms
 from lmboost.objective.ask import make_asker, make_moments
@@ -67,7 +69,7 @@ def score(c: ConfigDict, flags: Flags) -> None:
         data = loader.Loader(
             c.data.train, "train", run.seq_len, run.seed, *sharding.host_share(mesh), workers=c.data.workers
         )
-        parts, reach = _parts(run, flags), _reach(run, flags)
+        parts, reach = answers.parts_of(run, flags.draws, flags.state_bytes), _reach(run, flags)
     with jax.set_mesh(mesh):
         helpers = {name: run.helpers()[name] for name in run.needed(0)}
         params = teacher.load(helpers, mesh, c.teacher.dtype)
@@ -108,27 +110,6 @@ def _plan(c: ConfigDict, flags: Flags) -> plan.Plan:
     return run
 
 
-def _parts(run: plan.Plan, flags: Flags) -> Parts:
-    """What the helps of a run read."""
-    on, objective, labels, states = {name for name, stop in run.stops.items() if stop}, run.objective, None, []
-    if "kd" in on:
-        kd = objective.kd
-        if kd.top_p < 1:
-            raise UserError(f"objective.kd.top_p={kd.top_p}: take objective.kd.top_k, or 1 for draws.")
-        vocab_size = min(run.student.vocab_size, run.teacher.model.vocab_size)
-        number = min(kd.top_k, vocab_size) or min(flags.draws, vocab_size)
-        labels = SoftLabels("best" if kd.top_k else "draws", number, kd.temperature, vocab_size, number)
-        if not kd.top_k:
-            labels = dataclasses.replace(labels, number=flags.draws)
-    if "align" in on:
-        width, most = run.teacher.model.d_model, flags.state_bytes - 2 if flags.state_bytes else None
-        kept = width if most is None else min(width, most)
-        states = [State(layer, width, kept) for layer in sorted({t for _, t in objective.align.pairs})]
-    select = Selection(objective.select.k, objective.select.others) if "select" in on else None
-    final_norm = objective.align.final_norm if "align" in on else True
-    return Parts(run.seq_len, labels, bool(on & {"kd", "align"}), select, tuple(states), final_norm)
-
-
 def _reach(run: plan.Plan, flags: Flags) -> dict[str, Reach | None]:
     """Of each group the rows that are asked about; None is all of them."""
 
@@ -164,12 +145,16 @@ class Work:
 
     def write(self, out: str, asked: dict, about: dict, reach: Mapping[str, Reach | None]) -> None:
         """Asks about all rows within reach, shard by shard, and writes `out`; goes on where it was left."""
+        with contextlib.ExitStack() as stack:
+            with processes.together("opening --out"):
+                unfinished = stack.enter_context(opened(out, asked, self._parts)) if self._writes else None
+            if not self._of_first(unfinished and not unfinished.is_finished):
+                say(f"{out} is finished, and was made with these arguments: nothing to do.")
+                return
+            self._write(unfinished, about, reach)
+
+    def _write(self, unfinished: Unfinished | None, about: dict, reach: Mapping[str, Reach | None]) -> None:
         fingerprints = self._run.train_data.fingerprints
-        with processes.together("opening --out"):
-            unfinished = Unfinished(out, asked, self._parts) if self._writes else None
-        if not self._of_first(unfinished and not unfinished.is_finished):
-            say(f"{out} is finished, and was made with these arguments: nothing to do.")
-            return
         rows = {
             group: within and dict(zip(fingerprints, self._data.first_rows(within.rows), strict=True))
             for group, within in reach.items()
@@ -177,31 +162,40 @@ class Work:
         bases = self._bases(unfinished, rows["states"])
         for number, fingerprint in enumerate(fingerprints):
             shards = self._data.sources[number].shards()
-            for shard, (first, end) in enumerate(shards):
+            for shard, span in enumerate(shards):
                 if not self._of_first(unfinished and not unfinished.is_done(fingerprint, shard)):
                     continue
-                wanted = {}
-                for group in self._parts.groups():
-                    every = rows[group] is None
-                    mine = np.arange(first, end, dtype=np.uint32) if every else rows[group][fingerprint]
-                    wanted[group] = mine[(mine >= first) & (mine < end)]
-                union = np.unique(np.concatenate(list(wanted.values())))
-                answers, began = self._answers(bases, number, union), time.perf_counter()
-                with processes.together("writing what the helpers said"):
-                    if self._writes:
-                        unfinished.write(fingerprint, shard, wanted, answers)
-                    for _ in answers:  # the others compute along
-                        pass
-                rate = len(union) * self._run.seq_len / (time.perf_counter() - began)
+                mine = {group: within and within[fingerprint] for group, within in rows.items()}
+                asked = self._write_shard(unfinished, bases, number, shard, span, mine)
                 directory = self._run.train_data.directories[number]
-                say(f"{directory}: shard {shard + 1} of {len(shards)}, {len(union)} rows, {rate:,.0f} tokens/s")
+                say(f"{directory}: shard {shard + 1} of {len(shards)}, {asked}")
         with processes.together("finishing"):
             self._check_data()
             if self._writes:
                 counts = {f: len(source.shards()) for f, source in zip(fingerprints, self._data.sources, strict=True)}
                 manifest = unfinished.finish(counts, rows, reach, about, self._flops_per_token())
                 size, tokens = manifest["bytes"], manifest["tokens"]
-                say(f"finished: {out}, {tokens:,} tokens, {size:,} bytes, {size / max(tokens, 1):.1f} a token")
+                each = f"{size:,} bytes, {size / max(tokens, 1):.1f} a token"
+                say(f"finished: {unfinished.out}, {tokens:,} tokens, {each}")
+
+    def _write_shard(self, unfinished, bases, number: int, shard: int, span: tuple[int, int], rows: Mapping) -> str:
+        """Asks about a shard's rows and writes what is said; returns how many, and how fast.
+
+        rows: of each group, those of the data set that are kept; None is all.
+        """
+        every, began = np.arange(*span, dtype=np.uint32), time.perf_counter()
+        wanted = {
+            group: every if rows[group] is None else np.intersect1d(rows[group], every)
+            for group in self._parts.groups()
+        }
+        union = functools.reduce(np.union1d, wanted.values())
+        said = self._answers(bases, number, union)
+        with processes.together("writing what the helpers said"):
+            if self._writes:
+                unfinished.write(self._run.train_data.fingerprints[number], shard, wanted, said)
+            for _ in said:  # the others compute along
+                pass
+        return f"{len(union)} rows, {len(union) * self._run.seq_len / (time.perf_counter() - began):,.0f} tokens/s"
 
     def _of_first(self, value: Any) -> bool:
         """Whether something is true of the first process, in all of them."""

@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from lmboost import sharding
-from lmboost.data import windows
+from lmboost.data import scored, windows
+from lmboost.data.scored import Parts, SoftLabels, State
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective.align import Alignment
@@ -36,8 +37,8 @@ OBJECTIVE = Objective(
 HELPS = frozenset({"kd", "align", "select"})
 
 
-def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3):
-    """The lowered train step on abstract arguments laid out on `mesh`."""
+def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3, disk=False):
+    """The lowered train step on abstract arguments laid out on `mesh`; with help from disk, or from models."""
     student, teacher = (dataclasses.replace(m, attention=attention) for m in (student, TEACHER))
     tx = optax.adamw(1e-3)
 
@@ -49,9 +50,14 @@ def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3):
         state = place(jax.eval_shape(lambda: init_state(init_params(student, OBJECTIVE, 0, teacher), tx)))
         params = jax.eval_shape(lambda: transformer.init(teacher, jax.random.key(0)))
         params = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params))
-        batch = sharding.batch_like(windows.batch_of([], 1, tokens), rows, mesh)
-        step = make_train_step(Program(student, OBJECTIVE, HELPS, teacher, teacher), tx, lambda s: rate)
-        return jax.jit(step, donate_argnums=0).lower(state, {"teacher": params, "scorer": params}, batch)
+        labels, state_ = SoftLabels("best", 10, 1.0, student.vocab_size, 10), State(1, teacher.d_model, 8)
+        known = Parts(tokens, labels, True, scored.Selection(10, "drop"), (state_,)) if disk else None
+        batch = sharding.batch_like(windows.batch_of([], 1, tokens, known and known.like(1)), rows, mesh)
+        basis = jax.ShapeDtypeStruct((teacher.d_model, 8), jnp.float32, sharding=sharding.replicated(mesh))
+        helpers = {"targets": {"1": basis}} if disk else {"teacher": params, "scorer": params}
+        program = Program(student, OBJECTIVE, HELPS, teacher, teacher, known=known)
+        step = make_train_step(program, tx, lambda s: rate)
+        return jax.jit(step, donate_argnums=0).lower(state, helpers, batch)
 
 
 def largest_array(text: str) -> int:
@@ -71,19 +77,27 @@ def topology_mesh(sizes):
     return sharding.make_mesh(*sizes, devices=devices)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
-def test_no_array_of_all_logits_on_cpu(sizes):
+@pytest.mark.parametrize("sizes, disk", [((1, 1, 1), False), ((2, 2, 2), False), ((2, 2, 2), True)])
+def test_no_array_of_all_logits_on_cpu(sizes, disk):
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     rows, tokens = 4 * sharding.batch_shards(mesh), 128
-    text = lower(mesh, 2 * rows, tokens, "xla").compile().as_text()
+    text = lower(mesh, 2 * rows, tokens, "xla", disk=disk).compile().as_text()
     assert largest_array(text) < rows // sharding.batch_shards(mesh) * tokens * STUDENT.vocab_size / sizes[2]
 
 
-@pytest.mark.parametrize("sizes, attention", [((8, 1, 1), "splash"), ((2, 2, 2), "splash"), ((1, 8, 1), "xla")])
-def test_no_array_of_all_logits_on_tpu(sizes, attention):
+@pytest.mark.parametrize(
+    "sizes, attention, disk",
+    [
+        ((8, 1, 1), "splash", False),
+        ((2, 2, 2), "splash", False),
+        ((1, 8, 1), "xla", False),
+        ((2, 2, 2), "splash", True),
+    ],
+)
+def test_no_array_of_all_logits_on_tpu(sizes, attention, disk):
     mesh = topology_mesh(sizes)
     rows, tokens = 4 * sharding.batch_shards(mesh), 128
-    text = lower(mesh, 2 * rows, tokens, attention).compile().as_text()
+    text = lower(mesh, 2 * rows, tokens, attention, disk=disk).compile().as_text()
     assert largest_array(text) < rows // sharding.batch_shards(mesh) * tokens * STUDENT.vocab_size / sizes[2]
 
 

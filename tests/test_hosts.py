@@ -75,6 +75,29 @@ def test_a_run_goes_on_with_other_processes_devices_and_meshes(tmp_path, recipe,
 
 
 @pytest.mark.slow
+def test_a_run_with_help_from_disk_goes_on_with_other_processes(tmp_path, recipe, data, teacher):
+    """What two processes have asked for; 2 x 4, killed while it helps; 1 x 8."""
+    from lmboost import score
+    from lmboost.config import read
+
+    flags = (data, "--config.objective.kd.stop=0.9", *LONG[:1], *LONG[4:])
+    score.score(*read([f"--config={recipe}:helped", f"--out={tmp_path / 'said'}", teacher, *flags], score.Flags))
+    known = f"--config.teacher.targets={tmp_path / 'said'}"
+    arguments = (f"{recipe}:helped", tmp_path / "run", data, known, *LONG)
+    finish(runs.launch(1, 8, f"{recipe}:helped", tmp_path / "one", data, known, *LONG, record=tmp_path / "batches"))
+    process = runs.launch(2, 4, *arguments, record=tmp_path / "two", own=("--restarts=0", "--grace=0"))
+    wait_for_step(process, tmp_path / "run", 17)
+    kill_children(process)
+    finish(process, 128 + signal.SIGKILL)
+    finish(runs.launch(1, 8, *arguments, record=tmp_path / "last"))
+    expected = record.read(tmp_path / "batches")
+    assert {"soft_ids", "soft_values", "teacher_loss", "score"} < expected[0].keys()
+    assert_same_run(
+        tmp_path / "run", record.read(tmp_path / "two") | record.read(tmp_path / "last"), (tmp_path / "one", expected)
+    )
+
+
+@pytest.mark.slow
 def test_help_that_ends_by_itself_ends_at_the_same_step(tmp_path, recipe, data, teacher):
     """Of two processes as of one: each finds it out for itself, and all have to come to the same."""
     arguments = (

@@ -16,18 +16,15 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from lmboost import plan
+from lmboost import answers, flops, plan
 from lmboost.aot import hlo
+from lmboost.aot.chips import CHIPS
 from lmboost.aot.problems import describe, moved_logits, moved_stack, rounded_sum
 from lmboost.aot.step import lower
-from lmboost.errors import UserError, one_of
+from lmboost.data.scored import Parts
+from lmboost.errors import UserError
 from lmboost.models.vocabulary import GROUP_BYTES
-
-# Memory of one jax device in GiB, and the topologies that the compiler has. https://cloud.google.com/tpu/docs
-HBM = {"v5e": 16, "v5p": 95, "v6e": 32, "tpu7x": 96}
-FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
-TOPOLOGIES = tuple(f"{chip}:{shape}" for chip in HBM for shape in (FLAT if chip.endswith("e") else CUBE))
+from lmboost.objective import terms
 
 GIB = 2**30
 
@@ -54,8 +51,7 @@ def compiler_log() -> str:
 
 
 def devices(topology: str, slices: int = 1) -> Sequence[Any]:
-    """The devices of a pod, or of several. A UserError where there is no such pod, or no compiler for it."""
-    one_of("--topology", topology, TOPOLOGIES)
+    """The devices of a pod, or of several. A UserError where there is no compiler for it."""
     if slices < 1:
         raise UserError(f"--slices={slices} must be at least 1.")
     from jax.experimental import topologies
@@ -106,36 +102,52 @@ def compile_phases(
 ) -> Iterator[dict]:
     """Compiles the step of each phase and yields what there is to say of it, as plain values; sizes in bytes."""
     run = run.ended(run.steps - 2)  # of help that ends by itself, whenever that is: the last step is one after it
-    models = [run.student] + ([run.teacher.model] if run.teacher else [])
     for span in run.spans[: 1 if only_first else None]:
-        first, end, helps = span
-        known, began = len(rematerialisations(log)), time.monotonic()
-        try:
-            compiled, text = compile_text(lower(c, run, mesh, span))
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise _too_large(str(error), chip, helps) from error
-        collectives = hlo.Program(text, mesh.size).collectives()
-        moved = Counter()
-        for one in collectives:
-            moved[one.kind] += one.times * one.bytes
-        columns = run.student.vocab_rows // mesh.shape["tensor"]
-        block = run.objective.block_tokens or GROUP_BYTES // (2 * columns)
-        yield {
-            "first": first,
-            "end": end,
-            "helps": sorted(helps),
-            "seconds": time.monotonic() - began,
-            "memory": memory_of(compiled) | {"limit": HBM[chip] * GIB},
-            "flops": run.flops(first + 1) - run.flops(first),
-            "collectives": dict(sorted(moved.items())),
-            "largest": [describe(one) for one in sorted(collectives, key=lambda x: -x.largest.bytes)[:3]],
-            "moved_logits": [describe(x) for x in collectives if moved_logits(x, models, block, mesh)],
-            "moved_stacks": [describe(x) for x in collectives if moved_stack(x, models, mesh)],
-            "rounded_sums": [describe(x) for x in collectives if rounded_sum(x, mesh)],
-            "rematerialised": rematerialisations(log)[known:],
-        }
+        yield _compiled(c, run, mesh, span, chip, log)
+
+
+def compile_from_disk(c: ConfigDict, run: plan.Plan, mesh: Mesh, chip: str, log: str) -> dict:
+    """As `compile_phases`, of the first phase where the helpers have answered before the run."""
+    return _compiled(c, run, mesh, run.spans[0], chip, log, answers.parts_of(run))
+
+
+def _compiled(
+    c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span, chip: str, log: str, said: Parts | None = None
+) -> dict:
+    first, end, helps = span
+    models = [run.student] + ([run.teacher.model] if run.teacher else [])
+    known, began = len(rematerialisations(log)), time.monotonic()
+    try:
+        compiled, text = compile_text(lower(c, run, mesh, span, said))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _too_large(str(error), chip, helps) from error
+    program = hlo.Program(text, mesh.size)
+    collectives = program.collectives()
+    moved = Counter()
+    for one in collectives:
+        moved[one.kind] += one.times * one.bytes
+    columns = run.student.vocab_rows // mesh.shape["tensor"]
+    block = run.objective.block_tokens or GROUP_BYTES // (2 * columns)
+    model_flops = run.flops(first + 1) - run.flops(first)
+    if said:
+        model_flops = flops.step_flops(run.student, run.batch_size, run.seq_len)
+    return {
+        "first": first,
+        "end": end,
+        "helps": sorted(helps),
+        "seconds": time.monotonic() - began,
+        "memory": memory_of(compiled) | {"limit": CHIPS[chip].hbm * GIB},
+        "flops": model_flops,
+        "cycles": program.cycles(),
+        "collectives": dict(sorted(moved.items())),
+        "largest": [describe(one) for one in sorted(collectives, key=lambda x: -x.largest.bytes)[:3]],
+        "moved_logits": [describe(x) for x in collectives if moved_logits(x, models, block, mesh)],
+        "moved_stacks": [describe(x) for x in collectives if moved_stack(x, models, mesh)],
+        "rounded_sums": [describe(x) for x in collectives if rounded_sum(x, mesh)],
+        "rematerialised": rematerialisations(log)[known:],
+    }
 
 
 def memory_of(compiled: Any) -> dict[str, int]:
@@ -155,7 +167,7 @@ def memory_of(compiled: Any) -> dict[str, int]:
 def _too_large(said: str, chip: str, helps: Sequence[str]) -> UserError:
     sentence = re.search(r"Ran out of memory.*?(?=\. [A-Z]|\.?\n|$)", said)
     return UserError(
-        f"the step {named(helps)} does not fit into the {HBM[chip]} GiB of a {chip} chip. The compiler says: "
+        f"the step {named(helps)} does not fit into the {CHIPS[chip].hbm} GiB of a {chip} chip. The compiler says: "
         f"{sentence[0] if sentence else said}. Rematerialise more (model.remat='full'), work through the batch in "
         "parts (accumulation=2), or spread the parameters over more chips (mesh.fsdp, mesh.tensor)."
     )

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from lmboost import config as configs
 from lmboost import optimizers, plan, sharding
 from lmboost.data import windows
+from lmboost.data.scored import Parts
 from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
@@ -45,8 +46,11 @@ def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> pl
     return plan.outline(c, student, helper, helper)
 
 
-def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span) -> Any:
-    """The lowered step of a span, on arguments laid out as those of a run are."""
+def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span, known: Parts | None = None) -> Any:
+    """The lowered step of a span, on arguments laid out as those of a run are.
+
+    known: what the helpers have said before the run; then they are not in the step.
+    """
 
     def place(tree):
         places = sharding.tree_sharding(tree, mesh)
@@ -57,9 +61,16 @@ def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span) -> Any:
         tx, learning_rate = optimizers.make_optimizer(c.optimizer, run.steps, params)
         state = place(jax.eval_shape(lambda params: init_state(params, tx, run.objective.auto), params))
         helpers = {}
-        for name in terms.needed(span.helps):
+        for name in terms.needed(span.helps) if not known else ():
             like = jax.eval_shape(lambda: transformer.init(run.teacher.model, jax.random.key(0)))
             helpers[name] = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, c.teacher.dtype), like))
         _, rows = run.rows(span.first)
-        batch = sharding.batch_like(windows.batch_of([], 1, run.seq_len), rows, mesh)
-        return jit_train_step(run.program(span.helps), tx, learning_rate, state).lower(state, helpers, batch)
+        if known:
+            bases = {str(s.layer): (s.width, s.kept) for s in known.states if s.kept < s.width}
+            place_ = sharding.replicated(mesh)
+            shapes = {k: jax.ShapeDtypeStruct(shape, "float32", sharding=place_) for k, shape in bases.items()}
+            helpers = {"targets": shapes}
+        said = known and known.like(1, terms.groups(run.objective, span.helps))
+        batch = sharding.batch_like(windows.batch_of([], 1, run.seq_len, said), rows, mesh)
+        program = dataclasses.replace(run.program(span.helps), known=known)
+        return jit_train_step(program, tx, learning_rate, state).lower(state, helpers, batch)

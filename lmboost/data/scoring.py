@@ -9,42 +9,59 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
 
 from lmboost import places, strict_json
-from lmboost.data import records, scored
+from lmboost.data import records, scored, unfinished
 from lmboost.data.scored import Parts, Reach, Scored
 from lmboost.errors import UserError
 
-_PLAN = "plan.json"
+_MADE = re.compile(r"[0-9a-f]{16}|basis-\d+\.npy|lock|(plan|manifest)\.json|.*\.tmp")
 _DONE = {"files": dict, "slots": int}
 
 
+@contextlib.contextmanager
+def opened(out: str, asked: Mapping[str, Any], parts: Parts) -> Iterator["Unfinished"]:
+    """What is to become `out`, held against other processes, with what an earlier one has left of it.
+
+    asked: all that the result depends on; a UserError where OUT or OUT.partial is of something else.
+    """
+    one = Unfinished(out, asked, parts)
+    if one.is_finished:
+        yield one
+        return
+    with unfinished.locked(one.partial, _MADE, "score"):
+        one.begin()
+        yield one
+
+
 class Unfinished:
-    """OUT.partial of one process; another one on the same machines reads what this one has written."""
+    """OUT.partial, see `opened`; or OUT, where it is finished."""
 
     def __init__(self, out: str, asked: Mapping[str, Any], parts: Parts):
-        """asked: all that the result depends on; a UserError where OUT or OUT.partial is of something else."""
         self.out = pathlib.Path(os.path.realpath(os.path.expanduser(out)))
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._asked, self._parts = json.loads(json.dumps(asked)), parts
         self.is_finished = (self.out / scored.MANIFEST).is_file()
         if self.is_finished:
             self._check_same(self.out, Scored.find(out, "--out").manifest.get("asked", {}))
-            return
-        places.check_target(self.out, f"--out={out}")
-        self.partial.mkdir(parents=True, exist_ok=True)
-        path = self.partial / _PLAN
+        else:
+            places.check_target(self.out, f"--out={out}")
+
+    def begin(self) -> None:
+        """Goes on with what there is, which must be of the same arguments. What a kill has left half is removed."""
+        path = self.partial / unfinished.PLAN
         if path.is_file():
-            self._check_same(self.partial, strict_json.read(path, {}, f"Remove {self.partial} to start over."))
-        elif any(self.partial.iterdir()):
-            raise UserError(f"{self.partial} holds files that score has not written: choose another --out.")
+            self._check_same(self.partial, unfinished.read(path, {}))
         else:
             records.write_json(path, self._asked)
+        for half in self.partial.rglob("*.tmp"):
+            half.unlink()
 
     def _check_same(self, where: pathlib.Path, before: Mapping[str, Any]) -> None:
         if differ := sorted(name for name, value in self._asked.items() if before.get(name) != value):
@@ -123,7 +140,8 @@ class Unfinished:
             for path in self.partial.glob("*/*.json"):
                 path.unlink()
             records.write_json(self.partial / scored.MANIFEST, manifest)
-            (self.partial / _PLAN).unlink()
+            (self.partial / unfinished.PLAN).unlink()
+            (self.partial / "lock").unlink()
             places.sync_tree(self.partial)
             if self.out.is_dir():
                 self.out.rmdir()

@@ -1,4 +1,7 @@
-"""OUT.partial, in which `prepare` works: held by one run at a time, and nothing in it that is the user's is touched."""
+"""OUT.partial, in which `prepare` works: held by one run at a time, and nothing in it that is the user's is touched.
+
+`score` holds its own in the same way.
+"""
 
 import contextlib
 import fcntl
@@ -15,29 +18,31 @@ _MADE = re.compile(r"spread|shards|tokenizer|out|lock|plan\.json(\..*\.tmp)?")
 
 
 @contextlib.contextmanager
-def locked(partial: pathlib.Path) -> Iterator[None]:
-    """Holds `partial`, so that two runs never write the same data set."""
+def locked(partial: pathlib.Path, made: re.Pattern = _MADE, verb: str = "prepare") -> Iterator[None]:
+    """Holds `partial`, so that two runs never write the same data set.
+
+    Args:
+      made: the names of what the verb makes in it; anything else is a UserError.
+    """
     partial.mkdir(parents=True, exist_ok=True)
     if partial.is_symlink():
         raise UserError(f"{partial} is a link: remove it, or choose another --out.")
-    if others := sorted(path.name for path in partial.iterdir() if not _is_ours(path)):
-        raise UserError(
-            f"{partial} holds {others[0]!r}, which is not prepare's: move it away, or choose another --out."
-        )
+    if others := sorted(path.name for path in partial.iterdir() if not _is_ours(path, made)):
+        raise UserError(f"{partial} holds {others[0]!r}, which is not {verb}'s: move it away, or choose another --out.")
     places.refuse_links(partial, "--out")
     with open(partial / "lock", "a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"{partial} is in use by another run of prepare: wait for it or choose another --out."
+                f"{partial} is in use by another run of {verb}: wait for it or choose another --out."
             ) from error
         yield
 
 
-def _is_ours(path: pathlib.Path) -> bool:
+def _is_ours(path: pathlib.Path, made: re.Pattern = _MADE) -> bool:
     there = (path.parent / PLAN).exists() or not path.is_dir() or not any(path.iterdir())
-    return there and bool(_MADE.fullmatch(path.name))
+    return there and bool(made.fullmatch(path.name))
 
 
 def empty(partial: pathlib.Path) -> None:

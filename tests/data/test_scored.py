@@ -12,7 +12,7 @@ import pytest
 from lmboost.data import loader, records, scored
 from lmboost.data.rows import Rows
 from lmboost.data.scored import Parts, Reach, Scored, Selection, SoftLabels, State
-from lmboost.data.scoring import Unfinished
+from lmboost.data.scoring import opened
 from lmboost.errors import UserError
 
 T = 64
@@ -77,30 +77,31 @@ def said_of(row: int, seed: int) -> dict[str, np.ndarray]:
 
 def write(out, spec, reach=None, parts=DRAWS, asked=None, until=None):
     """Writes `out` of the rows of `spec`; breaks off after `until` shards."""
-    source = loader.Loader(str(spec), "train", T, 5)
-    unfinished = Unfinished(str(out), asked or {"spec": str(spec)}, parts)
-    within = {"labels": None, "states": reach}
-    first = reach and source.first_rows(reach.rows)
-    rows = {
-        "labels": None, "states": reach and dict(zip(source.info.fingerprints, first, strict=True))
-    }  # fmt: skip
+    with opened(str(out), asked or {"spec": str(spec)}, parts) as unfinished:
+        return write_shards(unfinished, loader.Loader(str(spec), "train", T, 5), reach, parts, until)
+
+
+def write_shards(unfinished, source, reach, parts, until):
+    fingerprints = source.info.fingerprints
+    first = reach and dict(zip(fingerprints, source.first_rows(reach.rows), strict=True))
     written = 0
-    for number, (fingerprint, windows) in enumerate(zip(source.info.fingerprints, source.sources, strict=True)):
-        for shard, (begin, end) in enumerate(windows.shards()):
+    for number, (fingerprint, windows) in enumerate(zip(fingerprints, source.sources, strict=True)):
+        for shard, span in enumerate(windows.shards()):
             if unfinished.is_done(fingerprint, shard):
                 continue
             if written == until:
                 return None
-            every = np.arange(begin, end, dtype=np.uint32)
-            states = every if reach is None else first[number][(first[number] >= begin) & (first[number] < end)]
+            every = np.arange(*span, dtype=np.uint32)
+            states = every if reach is None else np.intersect1d(first[fingerprint], every)
             wanted = {"labels": every, "states": states}
             unfinished.write(fingerprint, shard, wanted, ((row, said_of(int(row), number)) for row in every))
             written += 1
     for state in parts.states:
         if state.kept < state.width:
             unfinished.write_basis(state.layer, np.eye(state.width, state.kept, dtype=np.float32))
-    counts = {f: len(w.shards()) for f, w in zip(source.info.fingerprints, source.sources, strict=True)}
+    counts = {f: len(w.shards()) for f, w in zip(fingerprints, source.sources, strict=True)}
     about = {"tokenizer": source.info.tokenizer_fingerprint, "teacher": None, "scorer": None}
+    rows, within = {"labels": None, "states": first}, {"labels": None, "states": reach}
     return unfinished.finish(counts, rows, within, about, 2.0)
 
 
@@ -160,13 +161,20 @@ def test_what_was_broken_off_goes_on_and_is_the_same(tmp_path, prepared):
     write(tmp_path / "parts", prepared, asked=asked)
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     assert not (tmp_path / "parts.partial").exists()
-    assert Unfinished(str(tmp_path / "parts"), asked, DRAWS).is_finished
+    with opened(str(tmp_path / "parts"), asked, DRAWS) as found:
+        assert found.is_finished
     with pytest.raises(UserError, match=r"parts was made with other arguments \(spec differ\)"):
-        Unfinished(str(tmp_path / "parts"), {"spec": "y"}, DRAWS)
+        write(tmp_path / "parts", prepared, asked={"spec": "y"})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("x")
     with pytest.raises(UserError, match=r"full exists and is not empty"):
-        Unfinished(str(tmp_path / "full"), asked, DRAWS)
+        write(tmp_path / "full", prepared)
+    with opened(str(tmp_path / "held"), asked, DRAWS):
+        with pytest.raises(UserError, match=r"held.partial is in use by another run of score"):
+            write(tmp_path / "held", prepared, asked=asked)
+    (tmp_path / "held.partial" / "mine.txt").write_text("x")
+    with pytest.raises(UserError, match=r"held.partial holds 'mine.txt', which is not score's"):
+        write(tmp_path / "held", prepared, asked=asked)
 
 
 @pytest.fixture(scope="module")
