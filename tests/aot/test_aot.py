@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from lmboost import config, flops
-from lmboost.aot import compiler, hlo, problems, step
+from lmboost.aot import bill, chips, compiler, hlo, problems, step
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 
@@ -42,7 +42,7 @@ def check(phase: dict) -> None:
 
 
 def test_a_tiny_recipe_on_a_pod(tmp_path):
-    report = compiled("configs/salt_2p8b.py:tiny", "v5e:2x4", tmp_path)
+    report = compiled("configs/salt_2p8b.py:tiny", "v5e-8", tmp_path, "--disk")
     c = config.load_recipe("configs/salt_2p8b.py:tiny")
     helped, alone = report["phases"]
     assert (helped["helps"], helped["end"], alone["helps"], alone["end"]) == (["kd"], alone["first"], [], c.steps)
@@ -50,6 +50,13 @@ def test_a_tiny_recipe_on_a_pod(tmp_path):
     assert alone["flops"] == pytest.approx(flops.step_flops(student, c.batch_size, c.seq_len))
     assert helped["flops"] > alone["flops"]
     assert helped["memory"]["arguments"] > alone["memory"]["arguments"]  # the teacher's parameters
+    disk = report["disk"]
+    assert alone["cycles"] < disk["cycles"] < helped["cycles"] and disk["flops"] == alone["flops"]
+    assert disk["memory"]["arguments"] < helped["memory"]["arguments"]
+    hours = report["chip_hours"]
+    assert 0 < hours["plain"] < hours["helped from disk"] < hours["helped"]
+    assert hours["plain"] == pytest.approx(c.steps * alone["estimate"]["seconds"] * 8 / 3600)
+    check(disk)
     for phase in report["phases"]:
         check(phase)
         # The parameters are spread over 8 chips, all but the norms: they are gathered, and gradients are summed up.
@@ -234,6 +241,45 @@ def test_pieces_of_one_collective_count_once_and_loops_as_often_as_they_turn():
         ("all-reduce", 4, 1, 2 * 128 * 4 * 3 // 4),
         ("all-reduce", 32, 1, 2 * 128 * 4 * 31 // 32),
     ]
+
+
+def test_cycles_count_with_the_loop_around_them():
+    said = ', backend_config={"estimated_cycles":"7","x":{}}'
+    text = TEXT.replace("kind=kCustom, calls=%piece", "kind=kCustom, calls=%piece" + said)
+    text = text.replace("dimensions={0}", "dimensions={0}" + said.replace("7", "1000"))  # inside of what is fused
+    assert hlo.Program(text, 32).cycles() == 7 + 29 * 2 * 7
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("v5e:4x4", "v5e:4x4"), ("v5e-256", "v5e:16x16"), ("v5litepod-8", "v5e:2x4"), ("v5p-128", "v5p:4x4x4"),
+        ("v6e-256", "v6e:16x16"), ("v4-128", "v4:4x4x4"), ("tpu7x-64", "tpu7x:4x4x4"),
+    ],
+)  # fmt: skip
+def test_pods_by_their_size(name, found):
+    assert chips.topology(name) == found
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("v5e:16x15", "did you mean 'v5e:16x16'"), ("v5e-100", "of v5e there are pods of 1, 4, 8, 16"),
+        ("v5p-7", "of v5p there are pods of 8, 16"), ("v9-8", "give CHIP:SHAPE, as in v5e:16x16, or CHIP-SIZE"),
+    ],
+)  # fmt: skip
+def test_pods_that_do_not_exist(name, says):
+    with pytest.raises(UserError, match=says):
+        chips.topology(name)
+
+
+def test_a_bill():
+    chip = chips.CHIPS["v5e"]
+    phase = {"cycles": 3e9, "flops": 8 * 197e12, "collectives": {"all-gather": 100e9, "all-reduce": 300e9}}
+    one = bill.of_phase(phase, chip, 8)
+    assert one == bill.Bill(2.0, 1.0, 2.0) and one.seconds == 2.0 and one.mfu == 0.5
+    assert one.bound == "memory and vector units"
+    assert one._replace(network=3.0).bound == "network" and one._replace(matmuls=1.5).bound == "matrix units"
 
 
 @pytest.mark.parametrize(
