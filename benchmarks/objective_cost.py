@@ -1,6 +1,6 @@
 """Memory and time of the loss alone, CE and KD, forward and backward, by the TPU compiler; no TPU is needed.
 
-    python -m benchmarks.objective_cost [--blocks=1024,0] [--result=benchmarks/results/objective_cost.md]
+    python -m benchmarks.objective_cost [--blocks=1024,0,scatter] [--result=benchmarks/results/objective_cost.md]
 
 A vocabulary of 128,256, widths 2048 and 1024, 8,192 tokens a chip, bfloat16, v5e:2x4. About 3 minutes.
 """
@@ -27,6 +27,7 @@ LAYOUTS = {  # mesh; how the heads lie; how the gradient of the student's does
     "sharded over fsdp 8": ((1, 8, 1), P("fsdp"), P("fsdp")),
     "sharded over fsdp 4 x tensor 2": ((1, 4, 2), P("fsdp", "tensor"), P("fsdp", "tensor")),
 }
+NAMES = {"0": "chosen", "scatter": "of the vocabulary, too"}
 TEXT = """\
 # The loss alone
 
@@ -35,13 +36,13 @@ V = {vocab:,}, student width {width}, teacher {teacher}, {tokens:,} tokens a chi
 program's peak has beside arguments and outputs; in brackets the sum that the compiler reserves. Cycles are its own
 estimate of the operations.
 
-| layout of the heads | block of tokens | temporaries, GiB | cycles, 10^6 |
+| layout of the heads | blocks of tokens | temporaries, GiB | cycles, 10^6 |
 |---|---|---|---|
 """
 
 
-def lower(layout: str, block_tokens: int, pod):
-    """The lowered loss and its gradient."""
+def lower(layout: str, block: str, pod):
+    """The lowered loss and its gradient, in blocks of so many tokens, or of the vocabulary ("scatter")."""
     sizes, heads, gradient = LAYOUTS[layout]
     mesh = sharding.make_mesh(*sizes, devices=pod)
     rows = ROWS * sharding.batch_shards(mesh) * (2 if sizes[2] > 1 else 1)  # as many tokens a chip
@@ -52,7 +53,8 @@ def lower(layout: str, block_tokens: int, pod):
     def loss(h, kernel, teacher_h, teacher_kernel, labels, weights):
         soft = SoftTargets(teacher_h, teacher_kernel, VOCAB, Distillation())
         head, terms = Head(kernel, VOCAB), Coefficients(0.5, 0.5)
-        return blend(h, head, labels, weights, terms, soft, block_tokens=block_tokens).loss
+        blocks = {"block_tokens": 0, "scatter": True} if block == "scatter" else {"block_tokens": int(block)}
+        return blend(h, head, labels, weights, terms, soft, **blocks).loss
 
     batch = P(("data", "fsdp"))
     arguments = (
@@ -74,18 +76,18 @@ def main(blocks: str, result: str) -> None:
         teacher=TEACHER_WIDTH, tokens=ROWS * TOKENS,
     )  # fmt: skip
     for layout in LAYOUTS:
-        for block in map(int, blocks.split(",")):
+        for block in blocks.split(","):
             compiled, program = compiler.compile_text(lower(layout, block, pod))
             peak = compiler.memory_of(compiled)["temporaries"] / compiler.GIB
             reserved = compiled.memory_analysis().temp_size_in_bytes / compiler.GIB
             cycles = hlo.Program(program, len(pod)).cycles() / 1e6
-            text += f"| {layout} | {block or 'chosen'} | {peak:.2f} ({reserved:.2f}) | {cycles:.0f} |\n"
+            text += f"| {layout} | {NAMES.get(block, block)} | {peak:.2f} ({reserved:.2f}) | {cycles:.0f} |\n"
             print(text.splitlines()[-1], flush=True)
     pathlib.Path(result).write_text(text)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", default="1024,0")
+    parser.add_argument("--blocks", default="1024,0,scatter")
     parser.add_argument("--result", default="benchmarks/results/objective_cost.md")
     run_flags(main, parser)

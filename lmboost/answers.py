@@ -71,6 +71,10 @@ def check(
                 f"{scored.where} has nothing for {name}, but objective.{name} is on: score with this config, or set "
                 "its weight to 0."
             )
+    if "kd" in active and objective.scatter_head:
+        raise UserError(
+            f"objective.scatter_head=True: with kd from {scored.where} the loss has no such blocks; set it to False."
+        )
     if "kd" in active:
         cached.check(parts.labels, kd, min(student.vocab_size, teacher.model.vocab_size), scored.where)
     if "align" in active:

@@ -212,7 +212,10 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
         coefficients = Coefficients(1.0 - kd if objective.ce_weight < 0 else objective.ce_weight, kd, objective.z_loss)
         soft = _soft_targets(program, helpers, batch, h_teacher)
     head = Head(transformer.head(params["model"]), student.vocab_size)
-    sums = blend(h, head, batch["targets"], weights, coefficients, soft, block_tokens=objective.block_tokens)
+    sums = blend(
+        h, head, batch["targets"], weights, coefficients, soft,
+        block_tokens=objective.block_tokens, scatter=objective.scatter_head,
+    )  # fmt: skip
     loss, align_sum = sums.loss, jnp.zeros((), jnp.float32)
     for s, target in guides.items():
         state = jax.lax.stop_gradient(captured[s])  # its gradient went in by the tap

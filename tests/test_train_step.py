@@ -95,13 +95,13 @@ def assert_close(gradient, expected, tolerance=1e-5):
 MESHES = {"data": (8, 1, 1), "all": (2, 2, 2)}
 
 
-@pytest.mark.parametrize("mesh", [None, *MESHES])
-def test_a_step_with_kd_equals_the_dense_oracle(mesh):
-    """Every kd option is checked in test_objective.py; here the whole step, on 1 and on 8 devices."""
-    kd, batch = Distillation(top_k=5), make_batch()
+@pytest.mark.parametrize("mesh, scatter", [(None, False), *((mesh, False) for mesh in MESHES), ("all", True)])
+def test_a_step_with_kd_equals_the_dense_oracle(mesh, scatter):
+    """Every kd option is checked in objective/test_blend.py; here the whole step, on 1 and on 8 devices."""
+    kd, batch = Distillation(top_k=0 if scatter else 5), make_batch()
     params, teacher_params = models()
     expected, gradient = oracle(batch, kd, 0.6, 0.4, 1e-3)
-    obj = dataclasses.replace(objective(0.6, kd=kd, z_loss=1e-3), block_tokens=32)
+    obj = dataclasses.replace(objective(0.6, kd=kd, z_loss=1e-3), block_tokens=32, scatter_head=scatter)
     found, metrics = run_step(obj, {"kd"}, batch, mesh=mesh and sharding.make_mesh(*MESHES[mesh]))
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert_close(found["model"], gradient)

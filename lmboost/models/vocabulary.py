@@ -83,9 +83,9 @@ def over_blocks(fn: Callable, head: Head, h_BxTxD, rows: Any, block_tokens: int,
     """
     shards = sharding.batch_shards()
     blocks = num_blocks(*h_BxTxD.shape[:2], block_of(block_tokens, head), shards)
-    xs = jax.tree.map(lambda x: _split_blocks(x, shards, blocks), (h_BxTxD, rows))
+    xs = jax.tree.map(lambda x: split_blocks(x, shards, blocks), (h_BxTxD, rows))
     carry, out = jax.lax.scan(_of_logits(fn, head), carry, xs)
-    return carry, jax.tree.map(lambda x: _join_blocks(x, (*h_BxTxD.shape[:2], *x.shape[4:])), out)
+    return carry, jax.tree.map(lambda x: join_blocks(x, (*h_BxTxD.shape[:2], *x.shape[4:])), out)
 
 
 def over_groups(
@@ -115,9 +115,9 @@ def over_groups(
         out = jnp.moveaxis(out, 0, 2)
         return (first, second), out.reshape(*out.shape[:2], -1, out.shape[-1])
 
-    xs = jax.tree.map(lambda x: _split_blocks(x, shards, groups), (h_BxTxD, rows))
+    xs = jax.tree.map(lambda x: split_blocks(x, shards, groups), (h_BxTxD, rows))
     carries, out = jax.lax.scan(one_group, carries, xs)
-    return carries, _join_blocks(out, (batch, tokens, out.shape[-1]))
+    return carries, join_blocks(out, (batch, tokens, out.shape[-1]))
 
 
 def _of_logits(fn: Callable, head: Head) -> Callable:
@@ -148,14 +148,14 @@ def num_blocks(rows: int, seq_len: int, block_tokens: int, shards: int) -> int:
     return next(fits, seq_len)
 
 
-def _split_blocks(x: jax.Array, shards: int, blocks: int) -> jax.Array:
+def split_blocks(x: jax.Array, shards: int, blocks: int) -> jax.Array:
     """[B, T, ...] -> [blocks, S, B / S, T / blocks, ...]; rows stay on their device."""
     rows, tokens = x.shape[:2]
     x = x.reshape(shards, rows // shards, blocks, tokens // blocks, *x.shape[2:])
     return sharding.constrain(jnp.moveaxis(x, 2, 0), (None, "batch") + (None,) * (x.ndim - 2))
 
 
-def _join_blocks(x: jax.Array, shape) -> jax.Array:
-    """Undoes _split_blocks."""
+def join_blocks(x: jax.Array, shape) -> jax.Array:
+    """Undoes split_blocks."""
     x = jnp.moveaxis(x, 0, 2).reshape(shape)
     return sharding.constrain(x, sharding.row_axes(x.ndim))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from lmboost import sharding
 from lmboost.models.linear import factors
 from lmboost.models.vocabulary import Head, over_blocks, over_groups, pick
+from lmboost.objective import scattered
 from lmboost.objective.kd import SoftTargets
 
 
@@ -47,6 +48,7 @@ def blend(
     soft: SoftTargets | None = None,
     *,
     block_tokens: int,
+    scatter: bool = False,
 ) -> Sums:
     """Sums over tokens of weights * (c.ce * ce + c.kd * kd + c.z * log(Z)^2) and of each term alone.
 
@@ -60,11 +62,14 @@ def blend(
       coefficients: of this step; default ce alone.
       soft: what kd compares the student with, over the vocabulary that both have.
       block_tokens: tokens per device and block; 0 chooses, see `vocabulary.over_groups`.
+      scatter: in blocks of the vocabulary, too, see `scattered`; with soft targets from memory of which `is_mixture`.
 
     Only `loss` is differentiable; the other sums carry no gradient.
     """
     coefficients = Coefficients(*(jnp.asarray(c, jnp.float32) for c in coefficients or Coefficients()))
-    return _blend((head.vocab_size, block_tokens), h_BxTxD, head.kernel_DxV, (targets, weights, coefficients, soft))
+    return _blend(
+        (head.vocab_size, block_tokens, scatter), h_BxTxD, head.kernel_DxV, (targets, weights, coefficients, soft)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -88,8 +93,10 @@ _blend.defvjp(_blend_forward, _blend_backward)
 
 def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
     """(Sums, gradients of the loss by the hidden states and the kernel, or None)."""
-    vocab_size, block_tokens = static
+    vocab_size, block_tokens, scatter = static
     targets, weights, coefficients, soft = constants
+    if scatter:
+        return _in_two_passes(h_BxTxD, Head(kernel_DxV, vocab_size), constants, with_gradient)
     head = Head(kernel_DxV, vocab_size).laid_out(h_BxTxD.dtype)
     soft = soft and soft.laid_out()
 
@@ -137,20 +144,43 @@ def _weigh_mixture(logits, labels, w, coefficients: Coefficients, soft, block, w
     if soft:
         kd = log_total + block.negative_entropy - block.scale * jnp.sum(block.weights * shifted, -1)
         teacher = block.teacher
+    sums, (own, of_label, of_teacher) = _mix(log_z, ce, kd, teacher, w, coefficients, soft)
+    if not with_gradient:
+        return sums, None
+    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    gradient = (own / total)[..., None] * exp - jnp.where(columns == labels[..., None], of_label[..., None], 0.0)
+    if soft:
+        gradient -= (of_teacher * block.scale)[..., None] * block.weights
+    return sums, gradient
+
+
+def _mix(log_z, ce, kd, teacher, w, coefficients: Coefficients, soft) -> tuple[Sums, tuple[jax.Array, ...]]:
+    """(Sums, by what the student's distribution, the label and the teacher's count in the gradient of its logits)."""
     gate = soft and soft.kd.gate_of(ce, teacher)
     of_ce, of_kd = coefficients.ce, coefficients.kd if soft else 0.0
     if gate is not None:
         of_ce, of_kd = gate * of_ce + (1 - gate), gate * of_kd
     z = jnp.square(log_z)
     sums = [jnp.sum(w * x) for x in (of_ce * ce + of_kd * kd + coefficients.z * z, ce, kd, z, teacher)]
-    if not with_gradient:
-        return Sums(*sums, jnp.sum(w)), None
-    columns = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    own = w * (of_ce + of_kd + 2 * coefficients.z * log_z) / total
-    gradient = own[..., None] * exp - jnp.where(columns == labels[..., None], (w * of_ce)[..., None], 0.0)
-    if soft:
-        gradient -= (w * of_kd * block.scale)[..., None] * block.weights
-    return Sums(*sums, jnp.sum(w)), gradient
+    return Sums(*sums, jnp.sum(w)), (w * (of_ce + of_kd + 2 * coefficients.z * log_z), w * of_ce, w * of_kd)
+
+
+def _in_two_passes(h_BxTxD, head: Head, constants, with_gradient: bool):
+    """As `_scan_blocks`, see `scattered`."""
+    targets, weights, coefficients, soft = constants
+
+    def weigh(seen: scattered.Seen, w):
+        log_z = jnp.log(seen.total) + seen.top
+        ce = log_z - seen.label
+        kd = teacher = jnp.zeros_like(ce)
+        if soft:
+            log_tempered, temperature = jnp.log(seen.tempered), soft.kd.temperature
+            negative_entropy = (seen.own / seen.tempered - seen.teacher_top) / temperature - log_tempered
+            kd = log_z + negative_entropy - seen.others / seen.tempered
+            teacher = jnp.log(seen.teacher_total) + seen.teacher_top - seen.teacher_label
+        return _mix(log_z, ce, kd, teacher, w, coefficients, soft)
+
+    return scattered.passes(h_BxTxD, head, targets, soft, weigh, weights, with_gradient)
 
 
 def _weigh(logits, labels, w, coefficients: Coefficients, soft, block, with_gradient: bool):

@@ -45,6 +45,11 @@ class Distillation:
         """Whether the student's own distribution is compared, as on the labels."""
         return self.temperature_on == "teacher" or self.temperature == 1
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the term's gradient asks for nothing of a teacher in memory but its distribution."""
+        return self.is_cross_entropy and not self.truncated and self.divergence == "forward"
+
     def student(self, logits) -> tuple[jax.Array, float]:
         """(log-probabilities of the student that are compared, what the term is multiplied by)."""
         if self.temperature_on == "both":
@@ -182,7 +187,7 @@ class SoftTargets(flax.struct.PyTreeNode):
 
     @property
     def is_mixture(self) -> bool:
-        return self.kd.is_cross_entropy and not self.kd.truncated and self.kd.divergence == "forward"
+        return self.kd.is_mixture
 
     def laid_out(self) -> "SoftTargets":
         """The same with its head where every block finds it."""

@@ -31,7 +31,8 @@ class Objective:
     auto: Auto | None = None  # the rule by which help ends, where it is not a step that is known beforehand
     ce_weight: float = -1.0  # beside kd; -1 is 1 - w
     z_loss: float = 0.0
-    block_tokens: int = 1024
+    block_tokens: int = 0
+    scatter_head: bool = False
 
 
 class Help(NamedTuple):
@@ -130,6 +131,12 @@ def make_objective(tree: ConfigDict, steps: int, student: ModelConfig, teacher: 
             f"objective.kd.divergence='reverse' needs a teacher with the student's vocabulary: the teacher has "
             f"{teacher.vocab_size} rows, model.vocab_size={student.vocab_size}."
         )
+    if "kd" in on and tree.scatter_head and not distillation.is_mixture:
+        raise UserError(
+            "objective.scatter_head=True needs a kd whose gradient asks for the teacher's distribution alone: "
+            "objective.kd.divergence='forward' without top_k and top_p, and the temperature on the teacher. Change "
+            "these, or set it to False."
+        )
     return Objective(
         kd=distillation,
         align=align.from_config(tree.align, student.num_layers, teacher.num_layers) if "align" in on else None,
@@ -139,6 +146,7 @@ def make_objective(tree: ConfigDict, steps: int, student: ModelConfig, teacher: 
         ce_weight=tree.kd.ce_weight,
         z_loss=tree.z_loss,
         block_tokens=tree.block_tokens,
+        scatter_head=tree.scatter_head,
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 from lmboost import sharding
 from lmboost.errors import UserError
 from lmboost.models.vocabulary import Head, num_blocks
+from lmboost.objective import scattered
 from lmboost.objective.blend import Coefficients, blend
 from lmboost.objective.kd import Distillation, SoftTargets
 from tests import dense
@@ -68,16 +69,21 @@ def dense_loss(h, kernel, coefficients, kd):
     return (x["weights"] * total).sum()
 
 
-def blocked_loss(h, kernel, coefficients, kd, block_tokens):
+def blocked_loss(h, kernel, coefficients, kd, block_tokens, scatter=False):
     x = inputs()
     soft = SoftTargets(x["teacher_h"], x["teacher_kernel"], VOCAB, kd) if kd else None
     head = Head(kernel, VOCAB)
-    return blend(h, head, x["targets"], x["weights"], coefficients, soft, block_tokens=block_tokens).loss
+    sums = blend(
+        h, head, x["targets"], x["weights"], coefficients, soft, block_tokens=block_tokens, scatter=scatter
+    )  # fmt: skip
+    return sums.loss
 
 
-def compare(kd, coefficients, block_tokens, mesh=None):
+def compare(kd, coefficients, block_tokens, mesh=None, scatter=False):
     x = inputs()
-    blocked = functools.partial(blocked_loss, coefficients=coefficients, kd=kd, block_tokens=block_tokens)
+    blocked = functools.partial(
+        blocked_loss, coefficients=coefficients, kd=kd, block_tokens=block_tokens, scatter=scatter
+    )  # fmt: skip
     expected = jax.value_and_grad(functools.partial(dense_loss, coefficients=coefficients, kd=kd), (0, 1))
     value, gradient = expected(x["h"], x["kernel"])
     if mesh is None:
@@ -101,6 +107,16 @@ def test_kd_equals_the_dense_oracle(name):
 @pytest.mark.parametrize("name", ["forward", "top_k_bucket", "top_p_renormalise"])
 def test_kd_on_eight_devices_equals_the_dense_oracle(name, mesh):
     compare(KDS[name], Coefficients(0.4, 0.6, 1e-3), block_tokens=8, mesh=sharding.make_mesh(*mesh))
+
+
+@pytest.mark.parametrize("mesh", [None, (8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("name", ["alone", "forward", "temperature", "gate_soft"])
+def test_in_blocks_of_the_vocabulary_it_equals_the_dense_oracle(name, mesh, monkeypatch):
+    """Eight columns and eight tokens of a device at a time."""
+    monkeypatch.setattr(scattered, "HEAD_BYTES", 8 * 4 * WIDTH)
+    monkeypatch.setattr(scattered, "LOGITS_BYTES", 8 * 8 * 4)
+    terms = Coefficients(0.4, 0.6, 1e-3) if name != "alone" else Coefficients(1.0, 0.0, 1e-3)
+    compare(KDS.get(name), terms, 0, mesh and sharding.make_mesh(*mesh), scatter=True)
 
 
 @pytest.mark.parametrize("block_tokens", [1, 16, 48, 10_000])

@@ -163,3 +163,16 @@ def test_the_step_gives_the_numbers_that_the_table_names(name):
         for p, helpers in ((program, {terms.HELPS[name].needs: helper}), (plain, {}))
     )
     assert helped - alone == set(terms.HELPS[name].metrics)
+
+
+@pytest.mark.parametrize("field, value", [("top_k", 3), ("divergence", "reverse"), ("temperature_on", "both")])
+def test_heads_in_blocks_of_columns_ask_for_a_kd_that_is_a_distribution(field, value):
+    tree = base().objective
+    tree.kd.weight, tree.kd.temperature, tree.scatter_head = 0.5, 2.0, True
+    model = ModelConfig(vocab_size=16, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8)
+    assert terms.make_objective(tree, 10, model, model).scatter_head
+    tree.kd[field] = value
+    with pytest.raises(UserError, match="objective.scatter_head=True needs a kd whose gradient"):
+        terms.make_objective(tree, 10, model, model)
+    tree.kd.weight = 0.0
+    assert terms.make_objective(tree, 10, model, None).scatter_head
