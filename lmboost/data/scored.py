@@ -274,6 +274,7 @@ class Scored:
     @classmethod
     def find(cls, path: str, field: str = "teacher.targets") -> "Scored":
         """The one that `field` names; a UserError where there is none, or it is not finished, or damaged."""
+        refuse_bucket(path, field)
         directory = pathlib.Path(os.path.expanduser(path))
         where = f"{field}={path!r}"
         if not (file := directory / MANIFEST).is_file():
@@ -351,6 +352,12 @@ class Scored:
                     raise UserError(f"{path} is damaged ({error}): copy it again, or score again.") from error
                 found[str(state.layer)] = basis
         return found
+
+
+def refuse_bucket(path: str, field: str) -> None:
+    """Raises a UserError where a path is not one of a file system: rows are read one by one, at random."""
+    if "://" in path:
+        raise UserError(f"{field}={path!r}: expected a directory; mount the bucket (gcsfuse) and name the mount.")
 
 
 def fingerprint(content: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ class Unfinished:
     """OUT.partial, see `opened`; or OUT, where it is finished."""
 
     def __init__(self, out: str, asked: Mapping[str, Any], parts: Parts):
+        scored.refuse_bucket(out, "--out")
         self.out = pathlib.Path(os.path.realpath(os.path.expanduser(out)))
         self.partial = self.out.with_name(self.out.name + ".partial")
         self._asked, self._parts = json.loads(json.dumps(asked)), parts

@@ -196,6 +196,10 @@ def test_what_is_not_of_these_data_is_refused(said, prepared, second):
         known.check_data(other.fingerprints, info.tokenizer_fingerprint, T)
     with pytest.raises(UserError, match=r"teacher.targets='.*' was not made by lmboost.score: there is no .*manifest"):
         Scored.find(str(prepared.parent))
+    with pytest.raises(UserError, match=r"teacher.targets='gs://bucket/said': expected a directory; mount the bucket"):
+        Scored.find("gs://bucket/said")
+    with pytest.raises(UserError, match=r"--out='gs://bucket/said': expected a directory"):
+        write("gs://bucket/said", prepared)
 
 
 @pytest.mark.parametrize(
