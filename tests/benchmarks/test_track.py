@@ -76,6 +76,7 @@ def test_a_run_of_the_track(out):
     assert json.loads(json.dumps(line)) == line and abs(line["copying"]) < 1
 
 
+@pytest.mark.slow
 def test_a_run_of_the_track_by_answers_from_disk(out):
     one.run(TINY, arms.ARMS["disk-both"].teacher, 4, out)
     line = one.run(TINY, "disk-both", 4, out)
