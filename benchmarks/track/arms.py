@@ -203,6 +203,7 @@ def _shorter() -> dict[str, Arm]:
         "inherit-long-ends": Arm(starts["ends"], parent="deep-long"),
         "inherit-long-spread": Arm(starts["spread"], parent="deep-long"),
         "inherit-long-spread-x0.3": Arm(starts["spread"], parent="deep-long", length=0.3),
+        "inherit-long-spread-x0.5": Arm(starts["spread"], parent="deep-long", length=0.5),
         "inherit-x0.4": Arm(starts[""], parent="deep", length=0.4),
         "inherit-ends-x0.4": Arm(starts["ends"], parent="deep", length=0.4),
         "inherit-longer-ends-x0.4": Arm(starts["ends"], parent="deep-longer", length=0.4),
