@@ -2,7 +2,7 @@
 
 Nothing of this was measured on a chip. Operations are counted in the cycles that the compiler gives them, which hold
 the time of memory, and run one after the other; collectives are taken to run beside them, so a step takes whichever
-is longer. How far that is from published figures: benchmarks/results/bill.md.
+is longer.
 """
 
 from collections.abc import Mapping, Sequence
