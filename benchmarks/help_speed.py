@@ -140,7 +140,8 @@ def measure(shape: Shape, rounds: int) -> list[tuple[str, np.ndarray, float]]:
 def main(rounds: int, shapes: str, result: str) -> None:
     text = [
         "# A step with help over a step without", "",
-        f"`python -m benchmarks.help_speed --shapes={shapes}` wrote this: one {jax.devices()[0].device_kind}, jax {jax.__version__},",
+        f"`python -m benchmarks.help_speed --shapes={shapes}` wrote this: one {jax.devices()[0].device_kind},",
+        f"jax {jax.__version__},",
         f"{count('--rounds', rounds)} rounds, arms in turn; in brackets the middle half. FLOPs: with the teacher's",
         "forward pass, where it is in the step.",
     ]  # fmt: skip
