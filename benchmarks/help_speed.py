@@ -15,18 +15,15 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
-from lmboost import config, flops, optimizers, plan, sharding
+from lmboost import answers, config, flops, optimizers, plan, sharding
 from lmboost.data import windows
-from lmboost.data.scored import Parts, Selection, SoftLabels, State
+from lmboost.data.scored import Parts
 from lmboost.errors import count, one_of, run_flags
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.teacher import Helper
 from lmboost.train_step import init_state, jit_train_step
-
-DRAWS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,15 +54,6 @@ SELECT = {"select.candidates": 2, "select.stop": 1.0}
 HELPS = {"kd": KD, "align": ALIGN, "kd and align": KD | ALIGN, "select": SELECT}
 
 
-def known(shape: Shape, c: ConfigDict) -> Parts:
-    """What the helps of a config read from disk."""
-    labels = SoftLabels("draws", DRAWS, 1.0, shape.teacher.vocab_size, DRAWS) if c.objective.kd.weight else None
-    width = shape.teacher.d_model
-    states = (State(shape.teacher.num_layers, width, min(width, 126)),) if c.objective.align.weight else ()
-    selection = Selection(10, "drop") if c.objective.select.candidates > 1 else None
-    return Parts(shape.tokens, labels, bool(labels), selection, states)
-
-
 def answers_of(parts: Parts, rows: int) -> dict[str, np.ndarray]:
     """What might be known of so many rows; as many tokens at each place as there can be."""
     rng, found = np.random.default_rng(0), parts.like(rows)
@@ -88,7 +76,7 @@ def stepper(shape: Shape, fields: dict, from_disk: bool) -> tuple[Callable[[], N
     c.objective.update_from_flattened_dict(fields)
     helper = Helper(None, shape.teacher) if fields else None
     run = plan.outline(c, shape.student, helper, helper)
-    parts = known(shape, c) if from_disk else None
+    parts = answers.parts_of(run) if from_disk else None
     mesh, helps = sharding.make_mesh(), run.spans[0].helps
     with jax.set_mesh(mesh):
         params = run.init_params()

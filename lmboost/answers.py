@@ -1,5 +1,6 @@
 """Help from what teacher and scorer have said before the run (lmboost.score): whether it is what this run asks for."""
 
+import bisect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -110,7 +111,7 @@ def _within_reach(scored, data, seed, objective, stops, rows_before) -> dict[str
                 )
             if rows_before(stop) <= reach.rows:
                 continue
-            last = next(step for step in range(stop, -1, -1) if rows_before(step) <= reach.rows)
+            last = bisect.bisect_right(range(stop + 1), reach.rows, key=rows_before) - 1
             if not (objective.auto and name in objective.auto.helps):
                 raise UserError(
                     f"{scored.where} has the {group} of the first {reach.rows} rows, which are read before step "

@@ -54,7 +54,8 @@ def base() -> ConfigDict:
     c.objective = objective = ConfigDict()
     objective.block_tokens = 0  # tokens, per device, projected to the vocabulary at a time; 0 chooses by its size
     # Projected in blocks of the vocabulary, too, and each one's gradient spread over devices before the next: less
-    # memory with a large vocabulary, for a third more FLOPs of the heads. Not with kd of some kinds, nor from disk.
+    # memory with a large vocabulary, for a third more FLOPs of the student's head and twice those of the teacher's.
+    # Not with kd of some kinds, nor from disk.
     objective.scatter_head = False
     objective.z_loss = 0.0  # weight of log(Z)^2
 

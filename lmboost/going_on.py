@@ -32,7 +32,7 @@ def check_workdir(config: ConfigDict, workdir: str, data: Mapping[str, str]) -> 
     moved = {"data.train"} if before.get("train") == data["train"] else set()
     moved |= {"data.validation"} if before.get("fingerprint") == data["fingerprint"] else set()
     moved |= {"teacher.path"} if _is_marked(manifest.get("teacher")) else set()
-    moved |= {"teacher.targets"} if _is_marked(manifest.get("targets")) else set()
+    moved |= {"teacher.targets"} if _is_marked(manifest.get("targets")) and new.teacher.targets else set()
     moved |= {"objective.select.scorer"} if _is_marked(manifest.get("scorer")) else set()
     if changed := [line for line in configs.differences(old, new) if line.partition(":")[0] not in moved]:
         more = f"\n  and {len(changed) - 8} more" if len(changed) > 8 else ""

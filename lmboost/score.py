@@ -191,10 +191,12 @@ class Work:
         union = functools.reduce(np.union1d, wanted.values())
         said = self._answers(bases, number, union)
         with processes.together("writing what the helpers said"):
-            if self._writes:
-                unfinished.write(self._run.train_data.fingerprints[number], shard, wanted, said)
-            for _ in said:  # the others compute along
-                pass
+            try:
+                if self._writes:
+                    unfinished.write(self._run.train_data.fingerprints[number], shard, wanted, said)
+            finally:
+                for _ in said:  # all compute together to the shard's end, also where it could not be written
+                    pass
         return f"{len(union)} rows, {len(union) * self._run.seq_len / (time.perf_counter() - began):,.0f} tokens/s"
 
     def _of_first(self, value: Any) -> bool:

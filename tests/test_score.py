@@ -170,6 +170,13 @@ def test_what_the_answers_do_not_have_is_named(tmp_path, recipe, data, said, fla
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+def test_a_run_from_disk_does_not_go_on_with_a_model_in_memory(tmp_path, recipe, data, teacher, said):
+    flags = (f"{recipe}:helped", tmp_path / "run", data, *HELPED)
+    runs.run(*flags, f"--config.teacher.targets={said}")
+    with pytest.raises(UserError, match=r"holds a run of another config:\n  teacher.targets: '.*said' -> ''"):
+        runs.run(*flags, teacher)
+
+
 def test_a_help_that_is_not_in_the_answers_is_named(tmp_path, recipe, data, teacher):
     kd = ("--config.objective.kd.weight=0.5", "--config.objective.kd.stop=0.5")
     out = write(recipe, tmp_path / "said", data, teacher, *kd)

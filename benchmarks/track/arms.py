@@ -196,7 +196,6 @@ def _shorter() -> dict[str, Arm]:
     long = {"parent": "deep-long", "length": 0.4}
     arms = {
         "deep-long": Arm(MUON, "deep", steps_of="student", length=2.0),
-        "deep-longer": Arm(MUON, "deep", steps_of="student", length=4.0),
         "inherit-ends": Arm(starts["ends"], parent="deep"),
         "inherit-spread": Arm(starts["spread"], parent="deep"),
         "inherit-spread-of-9": Arm(starts["spread-of-9"], parent="deep"),
@@ -206,7 +205,6 @@ def _shorter() -> dict[str, Arm]:
         "inherit-long-spread-x0.5": Arm(starts["spread"], parent="deep-long", length=0.5),
         "inherit-x0.4": Arm(starts[""], parent="deep", length=0.4),
         "inherit-ends-x0.4": Arm(starts["ends"], parent="deep", length=0.4),
-        "inherit-longer-ends-x0.4": Arm(starts["ends"], parent="deep-longer", length=0.4),
         "inherit-long-x0.4": Arm(starts[""], **long),
     }
     arms |= {f"inherit-long-{name}-x0.4": Arm(starts[name], **long) for name in choices if name}

@@ -7,6 +7,7 @@ import math
 from typing import NamedTuple
 
 from lmboost.errors import UserError, nearest
+from lmboost.flops import PEAK_FLOPS
 
 
 class Chip(NamedTuple):
@@ -32,11 +33,11 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
-    "v4": Chip(32, 275e12, 1.05e9, 1.228e12, 300e9, counts_cores=True),
-    "v5e": Chip(16, 197e12, 1.5e9, 0.819e12, 200e9),
-    "v5p": Chip(95, 459e12, 1.75e9, 2.765e12, 600e9, counts_cores=True),
-    "v6e": Chip(32, 918e12, 1.75e9, 1.64e12, 448e9),
-    "tpu7x": Chip(96, 1153.5e12, 2.2e9, 3.69e12, 600e9, per_chip=2),
+    "v4": Chip(32, PEAK_FLOPS["TPU v4"], 1.05e9, 1.228e12, 300e9, counts_cores=True),
+    "v5e": Chip(16, PEAK_FLOPS["TPU v5e"], 1.5e9, 0.819e12, 200e9),
+    "v5p": Chip(95, PEAK_FLOPS["TPU v5"], 1.75e9, 2.765e12, 600e9, counts_cores=True),
+    "v6e": Chip(32, PEAK_FLOPS["TPU v6e"], 1.75e9, 1.64e12, 448e9),
+    "tpu7x": Chip(96, PEAK_FLOPS["TPU7x"], 2.2e9, 3.69e12, 600e9, per_chip=2),
 }
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")

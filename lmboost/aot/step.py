@@ -67,8 +67,8 @@ def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span, known: Pa
         _, rows = run.rows(span.first)
         if known:
             bases = {str(s.layer): (s.width, s.kept) for s in known.states if s.kept < s.width}
-            place_ = sharding.replicated(mesh)
-            shapes = {k: jax.ShapeDtypeStruct(shape, "float32", sharding=place_) for k, shape in bases.items()}
+            everywhere = sharding.replicated(mesh)
+            shapes = {k: jax.ShapeDtypeStruct(shape, "float32", sharding=everywhere) for k, shape in bases.items()}
             helpers = {"targets": shapes}
         said = known and known.like(1, terms.groups(run.objective, span.helps))
         batch = sharding.batch_like(windows.batch_of([], 1, run.seq_len, said), rows, mesh)

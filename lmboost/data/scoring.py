@@ -33,6 +33,7 @@ def opened(out: str, asked: Mapping[str, Any], parts: Parts) -> Iterator["Unfini
     """
     one = Unfinished(out, asked, parts)
     if one.is_finished:
+        one.clear()
         yield one
         return
     with unfinished.locked(one.partial, _MADE, "score"):
@@ -138,16 +139,18 @@ class Unfinished:
                     if rows[group] is not None:
                         _save(self.partial / fingerprint[:16] / f"{group}.npy", rows[group][fingerprint])
             manifest = self._manifest(data, slots, reach, about, flops_per_token)
-            for path in self.partial.glob("*/*.json"):
-                path.unlink()
             records.write_json(self.partial / scored.MANIFEST, manifest)
-            (self.partial / unfinished.PLAN).unlink()
-            (self.partial / "lock").unlink()
             places.sync_tree(self.partial)
             if self.out.is_dir():
                 self.out.rmdir()
             os.rename(self.partial, self.out)
+            self.clear()
         return manifest
+
+    def clear(self) -> None:
+        """Removes from OUT what only the work on it needed. After the rename: a kill before it then loses nothing."""
+        for path in (*self.out.glob("*/*.json"), self.out / unfinished.PLAN, self.out / "lock"):
+            path.unlink(missing_ok=True)
 
     def _manifest(self, data, slots, reach, about, flops_per_token) -> dict[str, Any]:
         files = [file for groups in data.values() for each in groups.values() for file in each]

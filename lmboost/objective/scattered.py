@@ -2,8 +2,8 @@
 
 Two passes over the blocks of columns. The first adds up what is known of a distribution only at its end: the sums of
 exponentials, and of what is weighed with them, for each token. In the second the logits are made again, and with these
-sums the gradient of a block of columns, which is spread over the devices before the next one is made. A third more
-FLOPs of the heads, where `blend` computes no logits twice.
+sums the gradient of a block of columns, which is spread over the devices before the next one is made. That is a third
+more FLOPs of the student's head and twice those of the teacher's, where `blend` computes no logits twice.
 
 Shape suffixes: S shards of the batch, B rows, T tokens, D width, V vocabulary rows, C columns of a block.
 """

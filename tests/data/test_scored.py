@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import hypothesis
@@ -12,7 +13,7 @@ import pytest
 from lmboost.data import loader, records, scored
 from lmboost.data.rows import Rows
 from lmboost.data.scored import Parts, Reach, Scored, Selection, SoftLabels, State
-from lmboost.data.scoring import opened
+from lmboost.data.scoring import Unfinished, opened
 from lmboost.errors import UserError
 
 T = 64
@@ -149,7 +150,11 @@ def contents(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def test_what_was_broken_off_goes_on_and_is_the_same(tmp_path, prepared):
+def stop(*_):
+    raise KeyboardInterrupt
+
+
+def test_what_was_broken_off_goes_on_and_is_the_same(tmp_path, prepared, monkeypatch):
     asked = {"spec": "x"}
     write(tmp_path / "whole", prepared, asked=asked)
     for until in (0, 1, 1):
@@ -163,6 +168,17 @@ def test_what_was_broken_off_goes_on_and_is_the_same(tmp_path, prepared):
     assert not (tmp_path / "parts.partial").exists()
     with opened(str(tmp_path / "parts"), asked, DRAWS) as found:
         assert found.is_finished
+    for at in ("rename", "clear"):  # killed before the result is in its place, and before it is cleared up
+        with monkeypatch.context() as patch:
+            patch.setattr(*((os, "rename", stop) if at == "rename" else (Unfinished, "clear", stop)))
+            with pytest.raises(KeyboardInterrupt):
+                write(tmp_path / at, prepared, asked=asked)
+        if at == "rename":
+            write(tmp_path / at, prepared, asked=asked)
+        else:
+            with opened(str(tmp_path / at), asked, DRAWS) as found:
+                assert found.is_finished
+        assert contents(tmp_path / at) == contents(tmp_path / "whole")
     with pytest.raises(UserError, match=r"parts was made with other arguments \(spec differ\)"):
         write(tmp_path / "parts", prepared, asked={"spec": "y"})
     (tmp_path / "full").mkdir()
