@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmboost import answers, flops, plan
-from lmboost.aot import hlo
+from lmboost.aot import bill, hlo
 from lmboost.aot.chips import CHIPS
 from lmboost.aot.problems import describe, moved_logits, moved_stack, rounded_sum
 from lmboost.aot.step import lower
@@ -141,6 +141,7 @@ def _compiled(
         "memory": memory_of(compiled) | {"limit": CHIPS[chip].hbm * GIB},
         "flops": model_flops,
         "cycles": program.cycles(),
+        "attention": bill.attention_cycles(program.attentions(), chip),
         "collectives": dict(sorted(moved.items())),
         "largest": [describe(one) for one in sorted(collectives, key=lambda x: -x.largest.bytes)[:3]],
         "moved_logits": [describe(x) for x in collectives if moved_logits(x, models, block, mesh)],

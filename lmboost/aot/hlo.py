@@ -78,6 +78,27 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Attention:
+    """One call of a kernel of splash attention, of whose cycles the compiler says nothing.
+
+    Attributes:
+      kernel: "fwd", "dkv" (gradients of keys and values) or "dq".
+      heads: of queries, of all rows on one chip.
+      tokens: of a row.
+      block: queries, and keys, of a block of scores.
+      blocks: that a row of one head is worked through in, those before its first key left out.
+      times: how often it runs in one execution of the program.
+    """
+
+    kernel: str
+    heads: int
+    tokens: int
+    block: int
+    blocks: int
+    times: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
     shape: str
@@ -154,6 +175,22 @@ class Program:
             said = re.search(r'"estimated_cycles":"?(\d+)', one.line)
             total += times * int(said[1]) if said and computation == around else 0
         return total
+
+    def attentions(self) -> list[Attention]:
+        """Every call of a kernel of splash attention."""
+        found = []
+        for one, _, _, times in self._visit(self._entry, self._entry, 1):
+            kernel = re.match(r"splash_mqa_(fwd|dkv|dq)_", one.name)
+            if one.opcode != "custom-call" or not kernel:
+                continue
+            given = arrays_of(one.line.split("operand_layout_constraints=", 1)[1])
+            queries = next(a for a in given if a.dtype.endswith(("f16", "f32")))
+            _, rows, columns = next(a.dims for a in given if a.dtype[0] == "s" and len(a.dims) == 3)  # of blocks
+            tokens, heads = queries.dims[-2], math.prod(queries.dims[:-2])
+            # As many columns as rows is all of the past; fewer are what a window spans.
+            blocks = rows * (rows + 1) // 2 if rows == columns else rows * columns
+            found.append(Attention(kernel[1], heads, tokens, tokens // rows, blocks, times))
+        return found
 
     def collectives(self) -> list[Collective]:
         """Every collective of the program; one that is fused in pieces into what it runs beside is one."""

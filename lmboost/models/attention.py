@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lmboost import sharding
 from lmboost.errors import UserError
@@ -131,7 +130,9 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, windo
     q_BxHxTxN, k_BxKxTxN, v_BxKxTxN = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxHxN * scale, k_BxTxKxN, v_BxTxKxN))
 
     def local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids):
-        kernel = _splash_kernel(groups, q_BxHxTxN.shape[2], interpret, window)
+        tokens, head_dim = q_BxHxTxN.shape[2:]
+        block = splash_block(tokens, head_dim, window)
+        kernel = splash_kernel(groups, tokens, interpret, window, splash_blocks(block, block))
         heads = k_BxKxTxN.shape[1]
         q_BxKxGxTxN = q_BxHxTxN.reshape(q_BxHxTxN.shape[0], heads, groups, *q_BxHxTxN.shape[2:])
         per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
@@ -144,20 +145,36 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, windo
     return jnp.swapaxes(y_BxHxTxN, 1, 2).astype(q_BxTxHxN.dtype)
 
 
-def _splash_kernel(groups: int, seq_len: int, interpret: bool, window: int):
-    """The kernel for `groups` query heads that share one key/value head.
+def splash_kernel(groups: int, seq_len: int, interpret: bool, window: int, sizes):
+    """The kernel for `groups` query heads that share one key/value head, in blocks of `sizes`.
 
     Built in each trace: its tables are constants of that trace, which may be for devices that are not here.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    block = int(np.gcd(seq_len, 512))
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block,
-        block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
     shape = (seq_len, seq_len)
     one = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0) if window else masks.CausalMask(shape)
     mask = masks.MultiHeadMask([one] * groups)
     return splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+
+
+def splash_block(seq_len: int, head_dim: int, window: int) -> int:
+    """How many queries, and as many keys, a block of scores has.
+
+    A score of a large block takes fewer cycles, but more of them are of the future, or beyond the window: the compiler
+    has schedules of fewer cycles in all from 2,048 keys on (benchmarks/results/splash_blocks.md).
+    """
+    large = min(seq_len, window or seq_len) >= 2048 and head_dim <= 128
+    return math.gcd(seq_len, 1024 if large else 512)
+
+
+def splash_blocks(queries: int, keys: int):
+    """Blocks of so many queries and keys, forward and backward; of the keys at most 512 are multiplied at once."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    part = min(keys, 512)
+    return splash.BlockSizes(
+        block_q=queries, block_kv=keys, block_kv_compute=part,
+        block_q_dkv=queries, block_kv_dkv=keys, block_kv_dkv_compute=part, block_q_dq=queries, block_kv_dq=keys,
+    )  # fmt: skip

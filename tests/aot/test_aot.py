@@ -149,6 +149,42 @@ json.dump(out, sys.stdout)
 """
 
 
+KERNELS = """
+import dataclasses, json, sys
+import jax, jax.numpy as jnp
+from lmboost import sharding
+from lmboost.aot import compiler, hlo
+from lmboost.models import attention
+
+compiler.compiler_log()
+out = []
+for pod, tokens, kind, window in json.loads(sys.argv[1]):
+    def loss(q, k, v, segment_ids):
+        return jnp.sum(attention.attend(q, k, v, segment_ids, "splash", window).astype(jnp.float32) ** 2)
+
+    mesh = sharding.make_mesh(1, 1, 1, devices=compiler.devices(pod)[:1])
+    like = lambda *shape, kind=kind: jax.ShapeDtypeStruct(shape, kind, sharding=sharding.replicated(mesh))
+    given = like(2, tokens, 4, 128), like(2, tokens, 2, 128), like(2, tokens, 2, 128), like(2, tokens, kind="int32")
+    with jax.set_mesh(mesh):
+        _, text = compiler.compile_text(jax.jit(jax.grad(loss, (0, 1, 2))).lower(*given))
+    out.append([dataclasses.astuple(one) for one in hlo.Program(text, 1).attentions()])
+json.dump(out, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+def test_splash_attention_compiles_in_the_blocks_that_are_chosen():
+    pytest.importorskip("libtpu")
+    pods = [(pod, 2048, "bfloat16", 0) for pod in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")]
+    others = [("v5e:2x2", 2048, "float32", 0), ("v5e:2x2", 1536, "bfloat16", 600)]
+    done = python("-c", KERNELS, json.dumps(pods + others))
+    assert done.returncode == 0, done.stderr
+    *large, small = json.loads(done.stdout)
+    for found in large:  # kernel, heads, tokens, block, blocks, times
+        assert sorted(found) == [[kernel, 8, 2048, 1024, 3, 1] for kernel in ("dkv", "dq", "fwd")]
+    assert {tuple(one[3:5]) for one in small} == {(512, 6)}
+
+
 @pytest.fixture(scope="module")
 def programs():
     """What is found in small programs that do, and do not, what must not be done."""
@@ -275,11 +311,27 @@ def test_pods_that_do_not_exist(name, says):
 
 def test_a_bill():
     chip = chips.CHIPS["v5e"]
-    phase = {"cycles": 3e9, "flops": 8 * 197e12, "collectives": {"all-gather": 100e9, "all-reduce": 300e9}}
+    phase = {
+        "cycles": 2e9,
+        "attention": 1e9,
+        "flops": 8 * 197e12,
+        "collectives": {"all-gather": 100e9, "all-reduce": 300e9},
+    }
     one = bill.of_phase(phase, chip, 8)
     assert one == bill.Bill(2.0, 1.0, 2.0) and one.seconds == 2.0 and one.mfu == 0.5
     assert one.bound == "memory and vector units"
     assert one._replace(network=3.0).bound == "network" and one._replace(matmuls=1.5).bound == "matrix units"
+
+
+def test_cycles_of_attention():
+    small, large = hlo.Attention("fwd", 8, 2048, 512, 10, 1), hlo.Attention("fwd", 8, 2048, 1024, 3, 2)
+    known = bill.SCORES["v5e"]
+    assert bill.attention_cycles([small], "v5e") == 8 * 10 * known[512]["fwd"]
+    assert bill.attention_cycles([large], "v5e") == 2 * 8 * 3 * 4 * known[1024]["fwd"]
+    assert bill.attention_cycles([small, large], "v5e") == sum(
+        bill.attention_cycles([x], "v5e") for x in (small, large)
+    )
+    assert set(bill.SCORES) == set(chips.CHIPS)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models.attention import attend, resolve
+from lmboost.models.attention import attend, resolve, splash_block
 
 B, T, N = 4, 128, 16
 
@@ -87,6 +87,22 @@ def test_splash_equals_xla_in_value_and_gradient(sizes, heads, kv_heads, rows):
 def test_splash_takes_lengths_that_are_not_powers_of_two(length):
     args = inputs(2, 1, rows=1, length=length)
     np.testing.assert_allclose(attend(*args, "splash_interpret"), oracle(*args), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "head_dim", "window", "block"),
+    [
+        (8192, 128, 0, 1024), (2048, 64, 0, 1024), (1024, 128, 0, 512), (8192, 256, 0, 512), (8192, 128, 512, 512),
+        (8192, 128, 4096, 1024), (2560, 128, 0, 512), (2176, 128, 0, 128),
+    ],
+)  # fmt: skip
+def test_blocks_of_splash_attention(seq_len, head_dim, window, block):
+    assert splash_block(seq_len, head_dim, window) == block
+
+
+def test_splash_takes_large_blocks():
+    args = inputs(1, 1, rows=1, length=2048, features=8)
+    np.testing.assert_allclose(attend(*args, "splash_interpret"), attend(*args, "xla"), atol=2e-5)
 
 
 def test_later_tokens_and_other_segments_do_not_matter():
