@@ -21,8 +21,9 @@ setup(
         "gpu": ["jax[cuda12]"],
         "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
         "notebook": ["ipykernel"],
+        "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.
-        "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"],
+        "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10", "qwix>=0.1.8"],
         "eval": ["lm-eval>=0.4.10"],
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
         "test": [

@@ -233,15 +233,19 @@ class Saved:
         except UserError:  # the data is not on this machine
             return None
 
-    def model_for(self, seq_len: int | None = None, dtype: str = "", platform: str = "") -> ModelConfig:
+    def model_for(
+        self, seq_len: int | None = None, dtype: str = "", platform: str = "", quantize: str = "none"
+    ) -> ModelConfig:
         """The model made ready to compute, without a backward pass; see `ModelConfig.fit` for the errors.
 
         Args:
           seq_len: tokens of a row, which choose the attention kernel; None is one that takes rows of any length.
           dtype: of compute; empty is its own.
           platform: empty is the one that jax runs on.
+          quantize: what its dense layers multiply.
         """
-        model = dataclasses.replace(self.model, dtype=dtype or self.model.dtype, remat="none", attention="auto")
+        dtype = dtype or self.model.dtype
+        model = dataclasses.replace(self.model, dtype=dtype, quantize=quantize, remat="none", attention="auto")
         if seq_len is None:
             return dataclasses.replace(model, attention="xla")
         return model.fit(seq_len, platform or jax.default_backend(), f"the model of {self.field}")

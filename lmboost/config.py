@@ -48,6 +48,9 @@ def base() -> ConfigDict:
     teacher.path = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub
     teacher.step = -1  # of a run: which checkpoint; -1 is the last
     teacher.dtype = "bfloat16"  # of its parameters and compute
+    # "int8" or "float8": its layers multiply numbers of 8 bits, with a scale for each token and for each output; those
+    # of the vocabulary stay in teacher.dtype. Needs qwix: pip install "lmboost[int8]"
+    teacher.quantize = "none"
     teacher.random = False  # replace its parameters by random ones: a control, not a method
     teacher.targets = ""  # a directory by lmboost.score: what the helpers say is read from there, and no helper needed
 

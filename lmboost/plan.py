@@ -20,7 +20,7 @@ from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective import auto, terms
 from lmboost.objective.terms import Objective, make_objective
-from lmboost.teacher import Helper
+from lmboost.teacher import Helper, quantized
 from lmboost.teacher import find as find_helper
 from lmboost.train_step import Program, init_params
 
@@ -146,6 +146,11 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     """
     check_numbers(config, num_devices)
     student = ModelConfig(**config.model).fit(config.seq_len, platform)
+    if student.quantize != "none":
+        raise UserError(
+            f"model.quantize={student.quantize!r}: what is trained needs gradients, which products of 8 bits have not; "
+            "set it to 'none' (teacher.quantize is for helpers)."
+        )
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
     _check_init(config)
@@ -182,7 +187,13 @@ def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[
     active = frozenset().union(*(span.helps for span in terms.spans(config.objective, config.steps)))
     needed, select = terms.needed(active), config.objective.select
     find = functools.partial(
-        find_helper, helps=active, data=data, seq_len=config.seq_len, dtype=config.teacher.dtype, platform=platform
+        find_helper,
+        helps=active,
+        data=data,
+        seq_len=config.seq_len,
+        dtype=config.teacher.dtype,
+        quantize=quantized(config),
+        platform=platform,
     )
     teacher = scorer = None
     if "scorer" in needed and select.scorer:

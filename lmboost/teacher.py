@@ -5,18 +5,20 @@ run (lmboost.score) only what they are is known of them.
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from lmboost import sharding
 from lmboost.checkpoint import Saved
 from lmboost.data.loader import DataInfo
-from lmboost.errors import UserError
+from lmboost.errors import UserError, one_of
 from lmboost.models import transformer
-from lmboost.models.model_config import ModelConfig
+from lmboost.models.model_config import QUANTIZED, ModelConfig
 from lmboost.run.processes import say
 
 
@@ -34,7 +36,16 @@ class Helper:
 
 
 def find(
-    field: str, path: str, step: int, *, helps: Iterable[str], data: DataInfo, seq_len: int, dtype: str, platform: str
+    field: str,
+    path: str,
+    step: int,
+    *,
+    helps: Iterable[str],
+    data: DataInfo,
+    seq_len: int,
+    dtype: str,
+    quantize: str,
+    platform: str,
 ) -> Helper:
     """The helper that `field` names, for the `helps` that the objective asks for.
 
@@ -47,9 +58,17 @@ def find(
             "checkpoint, or set the weights to 0."
         )
     saved = Saved.find(path, step, field)
-    model = saved.model_for(seq_len, dtype, platform)
+    model = saved.model_for(seq_len, dtype, platform, quantize)
     saved.check_tokenizer(data)
     return Helper(saved, model)
+
+
+def quantized(config: ConfigDict) -> str:
+    """teacher.quantize, checked: what the dense layers of helpers multiply."""
+    kind = one_of("teacher.quantize", config.teacher.quantize, QUANTIZED)
+    if kind != "none" and not importlib.util.find_spec("qwix"):
+        raise UserError(f"teacher.quantize={kind!r} needs qwix: pip install 'lmboost[int8]', or set it to 'none'.")
+    return kind
 
 
 def load(helpers: Mapping[str, Helper], mesh: Mesh, dtype: str, seed: int | None = None) -> dict[str, Any]:

@@ -260,6 +260,8 @@ MISTAKES = {
     "pairs": ([ALIGN, "--config.objective.align.pairs=1"], "expected student:teacher pairs"),
     "heads": (["--config.model.num_kv_heads=3"], "num_heads=2 is not a multiple of model.num_kv_heads=3"),
     "kernel": (["--config.model.attention=splash"], "attention='splash' needs a TPU"),
+    "8 bits to train": (["--config.model.quantize=int8"], "model.quantize='int8': what is trained needs gradients"),
+    "8 bits": ([KD, "--config.teacher.quantize=int4"], r"teacher.quantize='int4' .*did you mean 'int8'"),
     "name": (["--config.optimizer.name=adam"], "did you mean 'adamw'"),
     "fraction": (
         ["--config.objective.select.candidates=2", "--config.objective.select.fraction=0.7"], "at most 1 / candidates",
@@ -278,7 +280,7 @@ MISTAKES = {
 def test_mistakes_are_named_before_anything_is_written(name, tmp_path, recipe, data, teacher, plain):
     overrides, message = MISTAKES[name]
     overrides = [o.replace("PLAIN", str(plain[0])) for o in overrides]
-    given = [] if any("teacher" in o for o in overrides) or name == "no teacher" else [teacher]
+    given = [] if any("teacher.path" in o for o in overrides) or name == "no teacher" else [teacher]
     with pytest.raises(UserError, match=message):
         runs.run(recipe, tmp_path / "run", data, *given, *overrides)
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").rglob("*.json*"))

@@ -16,7 +16,7 @@ from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import preset
 from lmboost.objective import terms
-from lmboost.teacher import Helper
+from lmboost.teacher import Helper, quantized
 from lmboost.train_step import init_state, jit_train_step
 
 
@@ -41,7 +41,9 @@ def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> pl
     plan.check_numbers(c, num_devices)
     student, helper = ModelConfig(**c.model).fit(c.seq_len, "tpu"), None
     if teacher:
-        model = dataclasses.replace(teacher, dtype=c.teacher.dtype, remat="none", attention="auto")
+        model = dataclasses.replace(
+            teacher, dtype=c.teacher.dtype, quantize=quantized(c), remat="none", attention="auto"
+        )
         helper = Helper(None, model.fit(c.seq_len, "tpu", "the teacher's model"))
     return plan.outline(c, student, helper, helper)
 

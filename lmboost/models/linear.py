@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lmboost import sharding
 
+QTYPES = {"int8": "int8", "float8": "float8_e4m3fn"}  # of `ModelConfig.quantize`
 OUTPUT = "dense"  # the name of what a Dense gives, for policies of rematerialisation
 
 
@@ -38,6 +39,7 @@ class Dense(nn.Module):
     dtype: jnp.dtype | str
     kernel_init: nn.initializers.Initializer
     in_axes: int = 1
+    quantize: str = "none"
 
     @nn.compact
     def __call__(self, x):
@@ -49,7 +51,10 @@ class Dense(nn.Module):
 
         kernel = self.param("kernel", draw)
         bias = self.param("bias", nn.initializers.zeros, self.features) if self.use_bias else None
-        return checkpoint_name(project(x.astype(self.dtype), kernel, bias, self.in_axes), OUTPUT)
+        x = x.astype(self.dtype)
+        if self.quantize != "none":
+            return project_quantized(x, kernel, bias, self.in_axes, self.quantize)
+        return checkpoint_name(project(x, kernel, bias, self.in_axes), OUTPUT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -76,6 +81,21 @@ def _project_backward(in_axes, residuals, dy):
 
 
 project.defvjp(_project_forward, _project_backward)
+
+
+def project_quantized(x, kernel, bias, in_axes: int, kind: str):
+    """As `project`, but both are rounded to 8 bits before: x with a scale for each token, the kernel for each output.
+
+    There is no gradient. kind: a key of QTYPES.
+    """
+    import qwix
+
+    rows = tuple(range(x.ndim - in_axes))
+    inputs = tuple(range(len(rows), x.ndim)), tuple(range(in_axes))
+    x, dtype = qwix.quantize(x, QTYPES[kind], channelwise_axes=rows), x.dtype
+    kernel = qwix.quantize(kernel, QTYPES[kind], channelwise_axes=tuple(range(in_axes, kernel.ndim)))
+    y = qwix.dot_general(x, kernel, (inputs, ((), ())), preferred_element_type=jnp.float32)
+    return (y if bias is None else y + bias).astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

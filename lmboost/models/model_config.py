@@ -21,6 +21,7 @@ QK_NORMS = ("none", "head", "full")
 NORM_PLACEMENTS = ("pre", "post")
 REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+QUANTIZED = ("none", "int8", "float8")
 # Sizes, and the most that they can be: what an array can have, but of layers less, since each has its place in memory
 # before anything else of the model has.
 MAX_LAYERS = 10_000
@@ -32,7 +33,7 @@ _MOST = {"num_layers": MAX_LAYERS} | dict.fromkeys(
     2**31 - 1,
 )  # fmt: skip
 # Fields in which a model may differ from the one that it was made of: they change neither its layers nor its function.
-NEUTRAL = ("dtype", "attention", "remat", "init_std", "vocab_multiple")
+NEUTRAL = ("dtype", "quantize", "attention", "remat", "init_std", "vocab_multiple")
 
 
 class LayerSizes(NamedTuple):
@@ -96,6 +97,7 @@ class ModelConfig:
     init_std: float = 0.02
     vocab_multiple: int = 1  # rows are padded up to a multiple of this; padded rows are never predicted
     dtype: str = "bfloat16"  # of compute; parameters are float32
+    quantize: str = "none"  # what dense layers multiply, a forward pass alone: teacher.quantize is for helpers
     attention: str = "auto"
     remat: str = "none"
 
@@ -164,7 +166,7 @@ class ModelConfig:
 
     def validate(self, field: str = "model") -> "ModelConfig":
         choices = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS}
-        choices |= {"norm_placement": NORM_PLACEMENTS, "remat": REMATS, "dtype": DTYPES}
+        choices |= {"norm_placement": NORM_PLACEMENTS, "remat": REMATS, "dtype": DTYPES, "quantize": QUANTIZED}
         choices |= {"attention": attention.IMPLEMENTATIONS}
         for name, known in choices.items():
             one_of(f"{field}.{name}", getattr(self, name), known)

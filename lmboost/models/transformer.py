@@ -60,7 +60,7 @@ class Attention(nn.Module):
         c = self.config
 
         def project(name, heads):
-            return Dense((heads, c.head_dim), c.qkv_bias, c.dtype, _normal(c), name=name)(x_BxTxD)
+            return Dense((heads, c.head_dim), c.qkv_bias, c.dtype, _normal(c), quantize=c.quantize, name=name)(x_BxTxD)
 
         q_BxTxHxN = project("q", c.num_heads)
         k_BxTxKxN = project("k", c.num_kv_heads)
@@ -82,7 +82,8 @@ class Attention(nn.Module):
             cache = cache.write(layer, k_BxTxKxN, v_BxTxKxN)
             y_BxTxHxN = attention.attend_cached(q_BxTxHxN, cache, layer, c.num_kv_heads, segment_ids, c.sliding_window)
         self.sow("intermediates", "inputs_and_heads", (x_BxTxD, y_BxTxHxN))  # for surgery/importance.py
-        o = Dense((c.d_model,), c.attn_out_bias, c.dtype, _normal(c, residual=True), in_axes=2, name="o")
+        last = _normal(c, residual=True)
+        o = Dense((c.d_model,), c.attn_out_bias, c.dtype, last, in_axes=2, quantize=c.quantize, name="o")
         return o(y_BxTxHxN), cache
 
     def _normalise(self, x_BxTxHxN, name):
@@ -102,7 +103,7 @@ class Mlp(nn.Module):
         c = self.config
 
         def dense(name, width, residual=False):
-            return Dense((width,), c.mlp_bias, c.dtype, _normal(c, residual), name=name)
+            return Dense((width,), c.mlp_bias, c.dtype, _normal(c, residual), quantize=c.quantize, name=name)
 
         h_BxTxF = dense("up", c.mlp_dim)(x_BxTxD)
         if c.mlp == "silu_gated":
