@@ -265,6 +265,16 @@ def _disk() -> dict[str, Arm]:
     }
 
 
+def _rounded() -> dict[str, Arm]:
+    """The same help by a teacher whose layers multiply numbers of 8 bits."""
+    helps = {"salt": kd(stop=STOP), "let": align(stop=STOP)}
+    return {
+        f"{bits}-{name}": _helped(helps[name] | {"teacher.quantize": bits})
+        for bits in ("int8", "float8")
+        for name in helps
+    }
+
+
 def _adamw() -> dict[str, Arm]:
     """The papers' own comparison is with AdamW."""
     arms = {"salt": kd(stop=STOP), "let": align(stop=STOP), "both": both(STOP), "auto": AUTO}
@@ -292,7 +302,7 @@ def _sweeps(name: str) -> dict[str, Arm]:
 ARMS: dict[str, Arm] = {
     **_plain(), **_teachers(), "salt": _helped(kd(stop=STOP)), "let": _helped(align(stop=STOP)),
     "both": _helped(both(STOP)), **_stops(), **_salt(), **_selection(), **_let(), **_auto(), **_inherited(),
-    **_shorter(), **_everything(), **_cuts(), **_disk(), **_adamw(),
+    **_shorter(), **_everything(), **_cuts(), **_disk(), **_rounded(), **_adamw(),
     **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
 NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order
