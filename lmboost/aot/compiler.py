@@ -3,6 +3,7 @@
 import atexit
 import glob
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from lmboost import answers, flops, plan
-from lmboost.aot import bill, hlo
+from lmboost.aot import bill, buffers, hlo
 from lmboost.aot.chips import CHIPS
 from lmboost.aot.problems import describe, moved_logits, moved_stack, rounded_sum
 from lmboost.aot.step import lower
@@ -82,14 +83,24 @@ def rematerialisations(log: str) -> list[str]:
     return [line.split("] ", 1)[-1].strip() for line in lines if "nvoluntary full rematerialization" in line]
 
 
+class TooLarge(Exception):
+    """A program that does not fit into a chip's memory: (what the compiler says, the largest buffers)."""
+
+
 def compile_text(lowered: Any) -> tuple[Any, str]:
     """(compiled program, its text after all passes), the latter as the compiler itself wrote it.
 
-    Programs for some TPUs have instructions that jax can't read back, so its own `as_text` fails on them.
+    Programs for some TPUs have instructions that jax can't read back, so its own `as_text` fails on them. Raises
+    TooLarge where it does not fit.
     """
     with tempfile.TemporaryDirectory(prefix="lmboost-aot-") as directory:
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True}
-        compiled = lowered.compile(compiler_options=options)
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "Ran out of memory" not in str(error) or not (found := buffers.largest(pathlib.Path(directory))):
+                raise
+            raise TooLarge(str(error), found) from error
         texts = glob.glob(os.path.join(directory, "*.after_codegen.txt"))
         if len(texts) != 1:
             raise RuntimeError(f"the compiler wrote {len(texts)} texts of one program: {os.listdir(directory)}.")
@@ -119,10 +130,8 @@ def _compiled(
     known, began = len(rematerialisations(log)), time.monotonic()
     try:
         compiled, text = compile_text(lower(c, run, mesh, span, said))
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise _too_large(str(error), chip, helps) from error
+    except TooLarge as error:
+        raise _does_not_fit(*error.args, chip, helps) from error
     program = hlo.Program(text, mesh.size)
     collectives = program.collectives()
     moved = Counter()
@@ -165,12 +174,14 @@ def memory_of(compiled: Any) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _too_large(said: str, chip: str, helps: Sequence[str]) -> UserError:
+def _does_not_fit(said: str, largest: Sequence[buffers.Buffer], chip: str, helps: Sequence[str]) -> UserError:
     sentence = re.search(r"Ran out of memory.*?(?=\. [A-Z]|\.?\n|$)", said)
+    listed = "".join(f"\n  {one.bytes / GIB:.2f} GiB  {one.array}  {one.name}" for one in largest)
     return UserError(
         f"the step {named(helps)} does not fit into the {CHIPS[chip].hbm} GiB of a {chip} chip. The compiler says: "
-        f"{sentence[0] if sentence else said}. Rematerialise more (model.remat='full'), work through the batch in "
-        "parts (accumulation=2), or spread the parameters over more chips (mesh.fsdp, mesh.tensor)."
+        f"{(sentence[0] if sentence else said).rstrip(".")}. Rematerialise more (model.remat='full'), work through the batch in "
+        "parts (accumulation=2), or spread the parameters over more chips (mesh.fsdp, mesh.tensor). The largest "
+        f"buffers, arguments by their path:{listed}"
     )
 
 

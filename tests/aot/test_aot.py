@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -383,6 +384,8 @@ def test_what_does_not_fit_is_told_with_what_to_do():
     assert done.returncode == 2, done.stderr
     assert "does not fit into the 16 GiB of a v5e chip" in done.stderr
     assert "model.remat" in done.stderr
+    sizes = [float(size) for size in re.findall(r"\n  ([\d.]+) GiB  [a-z]\w+\[[\d,]+\]  \S+", done.stderr)]
+    assert len(sizes) == 5 and sizes == sorted(sizes, reverse=True) and sizes[0] > 1
 
 
 @pytest.mark.slow
