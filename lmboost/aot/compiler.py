@@ -175,11 +175,11 @@ def memory_of(compiled: Any) -> dict[str, int]:
 
 
 def _does_not_fit(said: str, largest: Sequence[buffers.Buffer], chip: str, helps: Sequence[str]) -> UserError:
-    sentence = re.search(r"Ran out of memory.*?(?=\. [A-Z]|\.?\n|$)", said)
+    sentence = re.search(r"Ran out of memory.*?(?=\. [A-Z]|\.*(?:\n|$))", said)
     listed = "".join(f"\n  {one.bytes / GIB:.2f} GiB  {one.array}  {one.name}" for one in largest)
     return UserError(
         f"the step {named(helps)} does not fit into the {CHIPS[chip].hbm} GiB of a {chip} chip. The compiler says: "
-        f"{(sentence[0] if sentence else said).rstrip(".")}. Rematerialise more (model.remat='full'), work through the batch in "
+        f"{sentence[0] if sentence else said}. Rematerialise more (model.remat='full'), work through the batch in "
         "parts (accumulation=2), or spread the parameters over more chips (mesh.fsdp, mesh.tensor). The largest "
         f"buffers, arguments by their path:{listed}"
     )
