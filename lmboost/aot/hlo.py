@@ -239,14 +239,19 @@ def arrays_of(shape: str) -> tuple[Array, ...]:
 
 
 def group_size(line: str, num_devices: int) -> int:
-    """How many devices of `num_devices` take part in a collective, in any of the notations of its groups."""
+    """How many devices of `num_devices` take part in a collective, in any of the notations of its groups.
+
+    A ValueError on one that is not known: it would pass for all devices.
+    """
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(match[1])
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\))? \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    if "replica_groups=" in line and "replica_groups={}" not in line:
+        raise ValueError(f"can't tell which devices take part in {line.strip()[:300]}.")
     return num_devices
 
 

@@ -337,10 +337,18 @@ def test_cycles_of_attention():
 
 @pytest.mark.parametrize(
     "groups, size",
-    [("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,16]<=[4,8]T(1,0)", 16), ("mesh['x'=2,'y'=4,'z'=4] {'x','z'}", 8), ("{}", 32)],
-)
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,16]<=[4,8]T(1,0)", 16), ("{}", 32),
+        ("mesh['x'=2,'y'=4,'z'=4] {'x','z'}", 8), ("mesh['x'=16,'y'=1,'z'=2], device_ids=([2,16]T(1,0)) {'x'}", 16),
+    ],
+)  # fmt: skip
 def test_groups_in_every_notation(groups, size):
     assert hlo.group_size(f"all-reduce(%x), replica_groups={groups}, to_apply=%add", 32) == size
+
+
+def test_groups_that_cannot_be_read_are_an_error():
+    with pytest.raises(ValueError, match="which devices take part"):
+        hlo.group_size("all-reduce(%x), replica_groups=everyone, to_apply=%add", 32)
 
 
 def test_a_loop_that_cannot_be_counted_is_an_error():

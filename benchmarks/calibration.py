@@ -1,0 +1,109 @@
+"""Holds the estimates of `lmboost.aot` against published speeds of the same shapes on the same pods.
+
+    python -m benchmarks.calibration [--keep=DIR] [--result=benchmarks/results/calibration.md]
+
+Compiles the plain step of each case, on a machine without a TPU. About 20 minutes on two CPU cores.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+from lmboost.errors import run_flags
+
+HOME = pathlib.Path(__file__).resolve().parent.parent
+
+
+class Case(NamedTuple):
+    """A published speed.
+
+    Attributes:
+      sizes: of the model: layers, width, heads, key/value heads, MLP, vocabulary.
+      rows: of a chip; not published with the speed for all of them.
+      published: tokens a second and chip.
+    """
+
+    model: str
+    pod: str
+    sizes: tuple[int, int, int, int, int, int]
+    seq_len: int
+    rows: int
+    published: int
+
+
+LLAMA2_70B, LLAMA3_8B, LLAMA3_70B = (
+    (80, 8192, 64, 8, 28672, 32000), (32, 4096, 32, 8, 14336, 128256), (80, 8192, 64, 8, 28672, 128256),
+)  # fmt: skip
+CASES = (
+    Case("Llama 3.1 8B", "v6e-256", LLAMA3_8B, 8192, 4, 7207),
+    Case("Llama 2 70B", "v5p-1024", LLAMA2_70B, 4096, 4, 692),
+    Case("Llama 2 70B", "v6e-256", LLAMA2_70B, 4096, 3, 900),
+    Case("Llama 3.1 70B", "v6e-256", LLAMA3_70B, 8192, 1, 960),
+)
+SOURCE = "https://maxtext.readthedocs.io/en/maxtext-v0.2.0/reference/models/tiering.html"
+TEXT = """\
+# Estimates and published speeds
+
+`python -m benchmarks.calibration` wrote this: jax {jax}, libtpu {libtpu}. Published are speeds of MaxText
+({source}), bfloat16, measured on chips; estimated is what `lmboost.aot` says of lmboost's
+plain step of the same shapes, every layer rematerialised, spread over all chips, which nobody has run, in tokens a
+second and chip. Programs differ: MaxText's keep or offload what they have room for. Rows of a chip are those of its
+benchmark configurations where these name them.
+
+| model | pod | tokens of a row | rows of a chip | memory / limit (GiB) | bound by | estimated | published | ratio |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def compiled(kept: pathlib.Path, case: Case) -> dict:
+    """What `lmboost.aot` says of a case, from `kept` if it is there."""
+    path = kept / f"{case.model}-{case.pod}.json".replace(" ", "-")
+    if not path.exists():
+        layers, width, heads, kv_heads, mlp, vocabulary = case.sizes
+        chips = int(case.pod.partition("-")[2]) // (2 if case.pod.startswith("v5p") else 1)
+        model = {
+            "num_layers": layers, "d_model": width, "num_heads": heads, "num_kv_heads": kv_heads, "mlp_dim": mlp,
+            "head_dim": width // heads, "vocab_size": vocabulary, "tie_embeddings": "false", "remat": "full",
+        }  # fmt: skip
+        fields = {f"model.{name}": value for name, value in model.items()}
+        fields |= {"seq_len": case.seq_len, "batch_size": chips * case.rows, "accumulation": 1}
+        fields |= {"mesh.data": 1, "mesh.fsdp": -1}
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        command = [sys.executable, "-m", "lmboost.aot", "--config=configs/salt_2p8b.py:plain", *flags]
+        environment = os.environ | {"PYTHONPATH": str(HOME)}
+        command += [f"--topology={case.pod}", f"--out={path}"]
+        subprocess.run(command, cwd=HOME, env=environment, check=True, stdout=sys.stderr)
+    return json.loads(path.read_text())
+
+
+def main(keep: str, result: str) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = pathlib.Path(keep or temporary)
+        kept.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for case in CASES:
+            report = compiled(kept, case)
+            phase = report["phases"][-1]
+            memory, estimate = phase["memory"], phase["estimate"]
+            speed = case.rows * case.seq_len / estimate["seconds"]
+            cells = [
+                case.model, case.pod, f"{case.seq_len:,}", str(case.rows),
+                f"{memory['total'] / 2**30:.1f} / {memory['limit'] / 2**30:.0f}", estimate["bound"], f"{speed:,.0f}",
+                f"{case.published:,}", f"{speed / case.published:.2f}",
+            ]  # fmt: skip
+            rows.append(f"| {' | '.join(cells)} |")
+            print(rows[-1], flush=True)
+    head = TEXT.format(jax=report["jax"], libtpu=report["libtpu"], source=SOURCE)
+    pathlib.Path(result).write_text(head + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", default="")
+    parser.add_argument("--result", default=str(HOME / "benchmarks/results/calibration.md"))
+    run_flags(main, parser)
