@@ -53,6 +53,7 @@ class Collective:
       bytes: that a chip receives each time, if it is done as a ring: of n chips, (n - 1) / n of the whole for a gather
         or a scatter, twice that for an all-reduce.
       name: where in the program it comes from.
+      adds: whether a reduction adds up, and does not take the largest.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Collective:
     times: int
     bytes: int
     name: str
+    adds: bool = True
 
     @property
     def arrays(self) -> tuple[Array, ...]:
@@ -217,7 +219,9 @@ class Program:
             kind = "reduce-scatter"  # TPUs' fused form: the slice that a chip keeps is taken outside
         n = group_size(one.line, self._num_devices)
         received = _received(kind, sum(a.bytes for a in operands), n)
-        return Collective(kind, operands, arrays_of(one.shape), n, times, received, _name(one.line))
+        by = re.search(r"to_apply=%?([\w.\-]+)", one.line)
+        adds = not any(inside.opcode == "maximum" for inside in self._computations.get(by[1], ())) if by else True
+        return Collective(kind, operands, arrays_of(one.shape), n, times, received, _name(one.line), adds)
 
     def _between_slices(self, one: _Instruction, transfer: str, times: int) -> Collective:
         sent = next(a for a in arrays_of(one.shape) if a.dims or a.dtype != "u32")

@@ -70,7 +70,7 @@ def rounded_sum(collective: hlo.Collective, mesh: Mesh) -> bool:
 
     Over the tensor axis it may: activations are added up there, in the compute dtype.
     """
-    adds = collective.kind.startswith(("all-reduce", "reduce-scatter"))
+    adds = collective.kind.startswith(("all-reduce", "reduce-scatter")) and collective.adds
     narrow = any(a.dtype.startswith(("bf", "f")) and a.bytes < 4 * a.elements for a in collective.operands)
     return adds and narrow and not 1 < collective.group == mesh.shape["tensor"]
 
