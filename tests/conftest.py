@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 
+import hypothesis
 import pytest
 
 # Machine code that is made quickly and runs slowly: making it would take most of the tests' time, running it takes
@@ -40,6 +41,9 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
+
+hypothesis.settings.register_profile("lmboost", deadline=None)  # a busy machine is slow, and not wrong
+hypothesis.settings.load_profile("lmboost")
 
 # Longest first, so that two workers end at about the same time; the others take seconds.
 LONGEST = (
