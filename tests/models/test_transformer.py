@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -431,3 +432,17 @@ def test_program_does_not_grow_with_depth():
 def test_validate_names_the_field(change, message):
     with pytest.raises(UserError, match=message):
         dataclasses.replace(BASE, **change).validate()
+
+
+@pytest.mark.parametrize(
+    ("edges", "found"),
+    [
+        ([0, 6], [0, 6]), ([0, 1, 2], [0, 1, 2]), ([0, 12, 24], [0, 12, 23, 24]), ([0, 2, 4], [0, 2, 3, 4]),
+        ([0, 8, 16, 24], [0, 8, 15, 16, 22, 24]), ([3, 4, 10], [3, 4, 10]),
+    ],
+)  # fmt: skip
+def test_parts_of_layers_are_of_unequal_length(edges, found):
+    assert transformer._unequal(edges) == found
+    assert set(edges) <= set(found)
+    lengths = [stop - start for start, stop in itertools.pairwise(found) if stop - start > 1]
+    assert len(lengths) == len(set(lengths))
