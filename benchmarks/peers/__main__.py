@@ -31,7 +31,7 @@ PEERS = {  # script, environment, variables
     "PyTorch, compiled": ("torch_peer.py", "torch", {"COMPILED": "1"}),
 }
 ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # a peer finds its own packages
-SECONDS = 2.0  # of a peer's steps in a round, about
+SECONDS = 2.0  # of the slowest peer's steps in a round, about
 TEXT = """\
 # A step beside those of others
 
@@ -91,7 +91,7 @@ def measure(envs: pathlib.Path, shape: str, kd: bool, rounds: int, threads: int)
     try:
         for peer in peers:
             peer(2)  # compiles
-        steps = max(1, round(SECONDS / peers[0](1)))
+        steps = max(1, round(SECONDS / max(peer(1) for peer in peers)))
         spent = np.array([[peer(steps) for peer in peers] for _ in range(rounds)])
     finally:
         for peer in peers:
