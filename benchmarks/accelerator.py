@@ -65,7 +65,7 @@ def steps_of(shape: Shape, rounds: int) -> list[list[str]]:
     rows = []
     for name, spent in times.items():
         one, cost = spent / shape.steps, steppers[name][1]
-        mfu = flops.mfu(plain * cost / one, jax.devices()[0].device_kind, 1)
+        mfu = flops.mfu(plain * cost / one, jax.devices()[0].device_kind, jax.device_count())
         rate = f"{shape.rows * shape.tokens / one:,.0f}"
         share = "unknown" if mfu is None else f"{mfu:.1%}"
         rows.append([name, rate, share, f"{spent / times['plain']:.3f}", f"{cost:.3f}"])

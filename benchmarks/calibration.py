@@ -2,21 +2,17 @@
 
     python -m benchmarks.calibration [--keep=DIR] [--result=benchmarks/results/calibration.md]
 
-Compiles the plain step of each case, on a machine without a TPU. About 20 minutes on two CPU cores.
+Compiles the plain step of each case, on a machine without a TPU.
 """
 
 import argparse
-import json
-import os
 import pathlib
-import subprocess
-import sys
 import tempfile
 from typing import NamedTuple
 
+from benchmarks import reports
+from lmboost.aot.chips import CHIPS
 from lmboost.errors import run_flags
-
-HOME = pathlib.Path(__file__).resolve().parent.parent
 
 
 class Case(NamedTuple):
@@ -61,24 +57,19 @@ benchmark configurations where these name them.
 
 
 def compiled(kept: pathlib.Path, case: Case) -> dict:
-    """What `lmboost.aot` says of a case, from `kept` if it is there."""
+    """What `lmboost.aot` says of a case."""
+    layers, width, heads, kv_heads, mlp, vocabulary = case.sizes
+    kind, _, size = case.pod.partition("-")
+    model = {
+        "num_layers": layers, "d_model": width, "num_heads": heads, "num_kv_heads": kv_heads, "mlp_dim": mlp,
+        "head_dim": width // heads, "vocab_size": vocabulary, "tie_embeddings": "false", "remat": "full",
+    }  # fmt: skip
+    fields = {f"model.{name}": value for name, value in model.items()}
+    fields |= {"seq_len": case.seq_len, "batch_size": int(size) // (2 if CHIPS[kind].counts_cores else 1) * case.rows}
+    fields |= {"accumulation": 1, "mesh.data": 1, "mesh.fsdp": -1}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
     path = kept / f"{case.model}-{case.pod}.json".replace(" ", "-")
-    if not path.exists():
-        layers, width, heads, kv_heads, mlp, vocabulary = case.sizes
-        chips = int(case.pod.partition("-")[2]) // (2 if case.pod.startswith("v5p") else 1)
-        model = {
-            "num_layers": layers, "d_model": width, "num_heads": heads, "num_kv_heads": kv_heads, "mlp_dim": mlp,
-            "head_dim": width // heads, "vocab_size": vocabulary, "tie_embeddings": "false", "remat": "full",
-        }  # fmt: skip
-        fields = {f"model.{name}": value for name, value in model.items()}
-        fields |= {"seq_len": case.seq_len, "batch_size": chips * case.rows, "accumulation": 1}
-        fields |= {"mesh.data": 1, "mesh.fsdp": -1}
-        flags = [f"--config.{name}={value}" for name, value in fields.items()]
-        command = [sys.executable, "-m", "lmboost.aot", "--config=configs/salt_2p8b.py:plain", *flags]
-        environment = os.environ | {"PYTHONPATH": str(HOME)}
-        command += [f"--topology={case.pod}", f"--out={path}"]
-        subprocess.run(command, cwd=HOME, env=environment, check=True, stdout=sys.stderr)
-    return json.loads(path.read_text())
+    return reports.aot(path, "--config=configs/salt_2p8b.py:plain", f"--topology={case.pod}", *flags)
 
 
 def main(keep: str, result: str) -> None:
@@ -105,5 +96,5 @@ def main(keep: str, result: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--keep", default="")
-    parser.add_argument("--result", default=str(HOME / "benchmarks/results/calibration.md"))
+    parser.add_argument("--result", default=str(reports.HOME / "benchmarks/results/calibration.md"))
     run_flags(main, parser)

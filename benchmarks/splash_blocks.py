@@ -8,19 +8,23 @@ that each has for one block of scores: cycles, if nothing waits. About 10 minute
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import re
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
+from lmboost.aot import bill, compiler
 from lmboost.errors import run_flags
+from lmboost.models import attention
 
 TOKENS, QUERIES, GROUPS = 4096, 4, 2  # query heads of each of so many key/value heads
 CANDIDATES = ((512, 512), (512, 1024), (1024, 512), (1024, 1024))
-KERNELS = ("fwd", "dkv", "dq")
 LENGTHS = (1024, 2048, 4096, 8192, 32768)
 PODS = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 UNIT = 512  # figures are for so many queries times so many keys
@@ -40,10 +44,6 @@ blocks of 512 x 512.
 
 def lower(device, head_dim: int, queries: int, keys: int):
     """The lowered kernels, forward and backward, in such blocks."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
-    from lmboost.models import attention
-
     sizes = attention.splash_blocks(queries, keys)
 
     def loss(q, k, v, segment_ids):
@@ -69,7 +69,7 @@ def schedules(lowered, dump: pathlib.Path) -> dict[str, int] | None:
             raise
         return None
     found = {}
-    for kernel in KERNELS:
+    for kernel in bill.KERNELS:
         (path,) = dump.glob(f"*-splash_mqa_{kernel}*schedule-analysis_final_bundles.txt")
         found[kernel] = int(re.search(r"total scheduled bundles:\s+(\d+)", path.read_text())[1])
     return found
@@ -83,37 +83,36 @@ def blocks_of(tokens: int, queries: int, keys: int) -> int:
 
 
 def main(chips: str, heads: str, result: str) -> None:
-    dump = pathlib.Path(tempfile.mkdtemp(prefix="splash-blocks-"))
-    os.environ["LIBTPU_INIT_ARGS"] = (
-        f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles"
-    )
-    from lmboost.aot import compiler
-
-    compiler.compiler_log()
-    rows = []
-    for chip in chips.split(","):
-        device = compiler.devices(PODS[chip])[0]
-        for head_dim in map(int, heads.split(",")):
-            first = None
-            for queries, keys in CANDIDATES:
-                found = schedules(lower(device, head_dim, queries, keys), dump)
-                cells = [chip, str(head_dim), f"{queries:,} x {keys:,}"]
-                if found is None:
-                    cells += ["too large", *[""] * (len(KERNELS) + len(LENGTHS) - 1)]
-                else:
-                    units = queries * keys // UNIT**2
-                    cycles = {kernel: found[kernel] / units for kernel in KERNELS}
-                    total = {n: sum(cycles.values()) * blocks_of(n, queries, keys) for n in LENGTHS}
-                    first = first or total
-                    cells += [f"{cycles[kernel]:,.0f}" for kernel in KERNELS]
-                    cells += [f"{total[n] / first[n]:.2f}" if n >= max(queries, keys) else "" for n in LENGTHS]
-                rows.append(f"| {' | '.join(cells)} |")
-                print(rows[-1], flush=True)
+    with tempfile.TemporaryDirectory(prefix="splash-blocks-") as dump:
+        os.environ["LIBTPU_INIT_ARGS"] = (  # before libtpu is loaded
+            f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=.*final_bundles"
+        )
+        compiler.compiler_log()
+        rows = list(table(chips.split(","), [int(n) for n in heads.split(",")], pathlib.Path(dump)))
     text = TEXT.format(
         jax=jax.__version__, libtpu=compiler.libtpu_version(), unit=UNIT,
         lengths=" | ".join(f"{n:,}" for n in LENGTHS), dashes="|".join(["---"] * len(LENGTHS)),
     )  # fmt: skip
     pathlib.Path(result).write_text(text + "\n".join(rows) + "\n")
+
+
+def table(chips: list[str], heads: list[int], dump: pathlib.Path) -> Iterator[str]:
+    """A row for each chip, size of head, and block."""
+    for chip, head_dim in itertools.product(chips, heads):
+        device, first = compiler.devices(PODS[chip])[0], None
+        for queries, keys in CANDIDATES:
+            found = schedules(lower(device, head_dim, queries, keys), dump)
+            cells = [chip, str(head_dim), f"{queries:,} x {keys:,}"]
+            if found is None:
+                cells += ["too large", *[""] * (len(bill.KERNELS) + len(LENGTHS) - 1)]
+            else:
+                cycles = {kernel: found[kernel] / (queries * keys // UNIT**2) for kernel in bill.KERNELS}
+                total = {n: sum(cycles.values()) * blocks_of(n, queries, keys) for n in LENGTHS}
+                first = first or total
+                cells += [f"{n:,.0f}" for n in cycles.values()]
+                cells += [f"{total[n] / first[n]:.2f}" if n >= max(queries, keys) else "" for n in LENGTHS]
+            print(row := f"| {' | '.join(cells)} |", flush=True)
+            yield row
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 PyTorch and transformers are installed into an environment of their own (about 300 MB, below --envs, once). Every peer
 is a process that has built the same shapes and waits; each round lets one after the other do some steps, so that what
-disturbs the machine disturbs all of them. All in float32, AdamW, gradients clipped. About 20 minutes on two cores.
+disturbs the machine disturbs all of them. All in float32, AdamW, gradients clipped.
 """
 
 import argparse
@@ -60,9 +60,9 @@ class Peer:
         try:
             self._process.stdin.write(f"{steps}\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        line = self._process.stdout.readline()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:  # it has ended already
+            line = ""
         if not line:
             raise UserError(f"{self.name} ended with status {self._process.wait()}; what it said is above.")
         return json.loads(line)["seconds"]

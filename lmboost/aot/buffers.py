@@ -7,9 +7,8 @@ from typing import NamedTuple
 from lmboost.aot.hlo import arrays_of
 
 _ALLOCATION = re.compile(r"allocation (\d+):")
-_VALUE = re.compile(
-    r" value: <\d+ ([\w.\-]+)\S* @0> \(size=(\d+),offset=(\d+)\): (\w+\[.*)"
-)  # @0: not on the chip itself
+# @0 is the chip's main memory, others are on the chip itself; tuples hold no more than where others are.
+_VALUE = re.compile(r" value: <\d+ ([\w.\-]+)\S* @0> \(size=(\d+),offset=(\d+)\): (\w+\[.*)")
 _NAMED = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = .*op_name=\"((?:[^\"\\]|\\.)*)\"")
 
 
@@ -30,7 +29,7 @@ class Buffer(NamedTuple):
 def largest(dump: pathlib.Path, most: int = 5) -> list[Buffer]:
     """The largest buffers of the program that was dumped there, whether or not they fit; each place once.
 
-    None where the compiler has written no assignment of buffers: it did not come that far.
+    Empty where the compiler has written no assignment of buffers: it did not come that far.
     """
     found = sorted(dump.glob("*.after_optimizations-buffer-assignment.txt"))
     if not found:

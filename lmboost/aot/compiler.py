@@ -98,9 +98,9 @@ def compile_text(lowered: Any) -> tuple[Any, str]:
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if "Ran out of memory" not in str(error) or not (found := buffers.largest(pathlib.Path(directory))):
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            raise TooLarge(str(error), found) from error
+            raise TooLarge(str(error), buffers.largest(pathlib.Path(directory))) from error
         texts = glob.glob(os.path.join(directory, "*.after_codegen.txt"))
         if len(texts) != 1:
             raise RuntimeError(f"the compiler wrote {len(texts)} texts of one program: {os.listdir(directory)}.")
@@ -180,8 +180,8 @@ def _does_not_fit(said: str, largest: Sequence[buffers.Buffer], chip: str, helps
     return UserError(
         f"the step {named(helps)} does not fit into the {CHIPS[chip].hbm} GiB of a {chip} chip. The compiler says: "
         f"{sentence[0] if sentence else said}. Rematerialise more (model.remat='full'), work through the batch in "
-        "parts (accumulation=2), or spread the parameters over more chips (mesh.fsdp, mesh.tensor). The largest "
-        f"buffers, arguments by their path:{listed}"
+        "parts (accumulation=2), or spread the parameters over more chips (mesh.fsdp, mesh.tensor)."
+        + (f" The largest buffers, arguments by their path:{listed}" if listed else "")
     )
 
 

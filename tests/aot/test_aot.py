@@ -328,8 +328,8 @@ def test_a_bill():
 def test_cycles_of_attention():
     small, large = hlo.Attention("fwd", 8, 2048, 512, 10, 1), hlo.Attention("fwd", 8, 2048, 1024, 3, 2)
     known = bill.SCORES["v5e"]
-    assert bill.attention_cycles([small], "v5e") == 8 * 10 * known[512]["fwd"]
-    assert bill.attention_cycles([large], "v5e") == 2 * 8 * 3 * 4 * known[1024]["fwd"]
+    assert bill.attention_cycles([small], "v5e") == 8 * 10 * known[512][0]
+    assert bill.attention_cycles([large], "v5e") == 2 * 8 * 3 * 4 * known[1024][0]
     assert bill.attention_cycles([small, large], "v5e") == sum(
         bill.attention_cycles([x], "v5e") for x in (small, large)
     )

@@ -21,7 +21,7 @@ def test_a_table(monkeypatch, tmp_path):
         "kd",
         "align",
         "width",
-        rows[6][0],
+        "---|---|---|---|---|---",
         "16",
     ]
     plain, kd, align = rows[2:5]

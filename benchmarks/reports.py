@@ -1,0 +1,18 @@
+"""Asks lmboost.aot, in a process of its own as libtpu wants it, and keeps what it says."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+HOME = pathlib.Path(__file__).resolve().parent.parent
+
+
+def aot(path: pathlib.Path, *flags: str) -> dict:
+    """The report that `python -m lmboost.aot` writes to `path` with these flags; what is there is not made again."""
+    if not path.exists():
+        command = [sys.executable, "-m", "lmboost.aot", *flags, f"--out={path}"]
+        environment = os.environ | {"PYTHONPATH": str(HOME)}
+        subprocess.run(command, cwd=HOME, env=environment, check=True, stdout=sys.stderr)
+    return json.loads(path.read_text())
