@@ -26,6 +26,7 @@ from lmboost.run import processes
 from lmboost.train_step import TrainState
 
 LAST_ATTEMPTS = 3  # of the save at the end of a run; before the end there is no limit
+WHOLE = 1 << 20  # bytes of a device's piece of an array; smaller ones are not parted: each piece costs a program
 
 
 class Checkpointer:
@@ -57,7 +58,13 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=600),
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handlers = {
+            **{name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in ("params", "training")},
+            **{name: ocp.JsonCheckpointHandler() for name in ("position", "manifest")},
+        }
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def _report_unfinished(self) -> None:
         if jax.process_index() or not self.directory.exists():
@@ -139,7 +146,7 @@ class Checkpointer:
         self._settle()
         if self._saved == done and self._failure is None:
             return
-        trees = {name: ocp.args.StandardSave(tree) for name, tree in split(state).items()}
+        trees = {name: ocp.args.PyTreeSave(tree) for name, tree in split(state).items()}
         self._shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), split(state))
         position = ocp.args.JsonSave(position | {"fingerprints": fingerprints(state, position)})
         items = ocp.args.Composite(**trees, position=position, manifest=ocp.args.JsonSave(manifest))
