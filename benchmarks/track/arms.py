@@ -169,6 +169,7 @@ def _inherited() -> dict[str, Arm]:
         "inherit": Arm(inherit, parent="deep"),
         "inherit-x1.4": Arm(inherit, parent="deep", length=1.4),  # the FLOPs of "deep"
         "inherit-half": Arm(inherit, parent="deep", **half),
+        "inherit-half-spread": Arm(inherit | {"init.layers": "0,2,5"}, parent="deep", **half),
         "half-depth": Arm(MUON, **half),
         "half-depth-x2": Arm(MUON, length=2.0, **half),
         "plain-x2": Arm(MUON, length=2.0),
