@@ -400,12 +400,12 @@ def test_what_does_not_fit_is_told_with_what_to_do():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe, topology, budget",
-    [("salt_2p8b", "v5e:16x16", 14.0), ("salt_8p6b", "v6e:16x16", 15.4), ("let_7b", "v5p:4x4x4", 16.7)],
+    [("salt_2p8b", "v5e:16x16", 14.0), ("salt_8p6b", "v6e:16x16", 15.4), ("let_7b", "v5p:4x4x4", 15.9)],
 )
 def test_full_size_recipes_fit_pods(recipe, topology, budget, tmp_path):
     """The phase with the most help, in so many GiB a chip; benchmarks/pods.py compiles all phases for all of the pods.
 
-    The budgets are 3 to 6% above what benchmarks/results/pods.md has.
+    The budgets are 3 to 5% above what the compiler said (libtpu 0.0.42.1).
     """
     report = compiled(f"configs/{recipe}.py", topology, tmp_path, "--phases=first")
     (phase,) = report["phases"]
