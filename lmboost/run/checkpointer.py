@@ -26,7 +26,7 @@ from lmboost.run import processes
 from lmboost.train_step import TrainState
 
 LAST_ATTEMPTS = 3  # of the save at the end of a run; before the end there is no limit
-WHOLE = 1 << 20  # bytes of a device's piece of an array; smaller ones are not parted: each piece costs a program
+MIN_PIECE_BYTES = 1 << 20  # of an array that several devices write in pieces: each piece costs a compiled program
 
 
 class Checkpointer:
@@ -58,7 +58,7 @@ class Checkpointer:
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=600),
         )
-        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=WHOLE)
+        arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_PIECE_BYTES)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         handlers = {
             **{name: ocp.PyTreeCheckpointHandler(type_handler_registry=registry) for name in ("params", "training")},
