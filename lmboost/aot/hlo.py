@@ -109,7 +109,8 @@ class _Instruction:
 
     @property
     def operands(self) -> list[str]:
-        return re.findall(r"%([\w.\-]+)", self.line.split(f" {self.opcode}(", 1)[1].split(")", 1)[0])
+        """Names; newer compilers write the element k of the tuple x as x#k."""
+        return re.findall(r"%([\w.\-]+(?:#\d+)?)", self.line.split(f" {self.opcode}(", 1)[1].split(")", 1)[0])
 
     @property
     def called(self) -> list[str]:
@@ -153,19 +154,32 @@ class Program:
         condition = re.search(r"condition=%?([\w.\-]+)", loop.line)[1]
         inside = [one for one, _, _, _ in self._visit(condition, condition, 1)]
         limits = [one for one in inside if one.opcode == "constant" and re.match(r"[su]\d+\[\]", one.shape)]
-        counters = [one for one in inside if one.opcode == "get-tuple-element" and re.match(r"[su]\d+\[\]", one.shape)]
+        counters = {at for one in inside for at in self._counters(one)}
         if len(limits) != 1 or len(counters) != 1:
             raise ValueError(f"can't tell how often {loop.name} turns: its condition is more than a limit.")
         carried = self._named(loop.operands[0], computation)
-        start = self._named(carried.operands[int(re.search(r"index=(\d+)", counters[0].line)[1])], computation)
+        start = self._named(carried.operands[counters.pop()], computation)
         while start.opcode in ("copy", "bitcast"):
             start = self._named(start.operands[0], computation)
         if carried.opcode != "tuple" or start.opcode != "constant":
             raise ValueError(f"can't tell how often {loop.name} turns: it begins at {start.line.strip()}.")
         return _constant(limits[0]) - _constant(start)
 
+    @staticmethod
+    def _counters(one: _Instruction) -> list[int]:
+        """Which elements of what a loop carries the instruction of its condition reads as its counter."""
+        if one.opcode == "get-tuple-element" and re.match(r"[su]\d+\[\]", one.shape):
+            return [int(re.search(r"index=(\d+)", one.line)[1])]
+        return [int(name.partition("#")[2]) for name in one.operands if "#" in name]
+
     def _named(self, name: str, computation: str) -> _Instruction:
+        name = name.partition("#")[0]
         return next(one for one in self._computations[computation] if one.name == name)
+
+    def _operand(self, name: str, computation: str) -> tuple[Array, ...]:
+        """The arrays of an operand, all of a tuple's."""
+        arrays = arrays_of(self._named(name, computation).shape)
+        return (arrays[int(name.partition("#")[2])],) if "#" in name else arrays
 
     def cycles(self) -> int:
         """The compiler's own estimate of what the program's instructions take on a chip, waiting for others left out.
@@ -182,7 +196,7 @@ class Program:
         """Every call of a kernel of splash attention."""
         found = []
         for one, _, _, times in self._visit(self._entry, self._entry, 1):
-            kernel = re.match(r"splash_mqa_(fwd|dkv|dq)_", one.name)
+            kernel = re.match(r"splash_m[hq]a_(fwd|dkv|dq)_", one.name)
             if one.opcode != "custom-call" or not kernel:
                 continue
             given = arrays_of(one.line.split("operand_layout_constraints=", 1)[1])
@@ -214,7 +228,7 @@ class Program:
         return found
 
     def _collective(self, one: _Instruction, kind: str, computation: str, times: int) -> Collective:
-        operands = tuple(a for name in one.operands for a in arrays_of(self._named(name, computation).shape))
+        operands = tuple(a for name in one.operands for a in self._operand(name, computation))
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # TPUs' fused form: the slice that a chip keeps is taken outside
         n = group_size(one.line, self._num_devices)
