@@ -56,20 +56,25 @@ benchmark configurations where these name them.
 """
 
 
-def compiled(kept: pathlib.Path, case: Case) -> dict:
-    """What `lmboost.aot` says of a case."""
-    layers, width, heads, kv_heads, mlp, vocabulary = case.sizes
-    kind, _, size = case.pod.partition("-")
+def flags_of(sizes: tuple[int, ...], pod: str, seq_len: int, rows: int) -> list[str]:
+    """The flags of `lmboost.aot` for the plain step of such a model, with so many rows on a chip."""
+    layers, width, heads, kv_heads, mlp, vocabulary = sizes
+    kind, _, size = pod.partition("-")
     model = {
         "num_layers": layers, "d_model": width, "num_heads": heads, "num_kv_heads": kv_heads, "mlp_dim": mlp,
         "head_dim": width // heads, "vocab_size": vocabulary, "tie_embeddings": "false", "remat": "full",
     }  # fmt: skip
     fields = {f"model.{name}": value for name, value in model.items()}
-    fields |= {"seq_len": case.seq_len, "batch_size": int(size) // (2 if CHIPS[kind].counts_cores else 1) * case.rows}
+    fields |= {"seq_len": seq_len, "batch_size": int(size) // (2 if CHIPS[kind].counts_cores else 1) * rows}
     fields |= {"accumulation": 1, "mesh.data": 1, "mesh.fsdp": -1}
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["--config=configs/salt_2p8b.py:plain", f"--topology={pod}", *given]
+
+
+def compiled(kept: pathlib.Path, case: Case) -> dict:
+    """What `lmboost.aot` says of a case."""
     path = kept / f"{case.model}-{case.pod}.json".replace(" ", "-")
-    return reports.aot(path, "--config=configs/salt_2p8b.py:plain", f"--topology={case.pod}", *flags)
+    return reports.aot(path, *flags_of(case.sizes, case.pod, case.seq_len, case.rows))
 
 
 def main(keep: str, result: str) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.help_cycles [--only=salt_2p8b] [--keep=DIR] [--result=benchmarks/results/help_cycles.md]
 
 Compiles the first and the last phase of each recipe, with the teacher in bfloat16 and with its layers in int8 (needs
-qwix), on a machine without a TPU: twelve programs, of two to three minutes of a core each.
+qwix), on a machine without a TPU: twelve programs, of some minutes of a core each.
 """
 
 import argparse

@@ -9,10 +9,10 @@ import sys
 HOME = pathlib.Path(__file__).resolve().parent.parent
 
 
-def aot(path: pathlib.Path, *flags: str) -> dict:
+def aot(path: pathlib.Path, *flags: str, python: str = sys.executable) -> dict:
     """The report that `python -m lmboost.aot` writes to `path` with these flags; what is there is not made again."""
     if not path.exists():
-        command = [sys.executable, "-m", "lmboost.aot", *flags, f"--out={path}"]
+        command = [python, "-m", "lmboost.aot", *flags, f"--out={path}"]
         environment = os.environ | {"PYTHONPATH": str(HOME)}
         subprocess.run(command, cwd=HOME, env=environment, check=True, stdout=sys.stderr)
     return json.loads(path.read_text())

@@ -69,9 +69,11 @@ def _fits(parts: list[str], wanted: list[str]) -> bool:
 
 def standard_library() -> list[str]:
     """The sources of Python's own library, in order, without its tests."""
-    root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    inside = (path.relative_to(root) for path in root.rglob("*.py"))
-    found = sorted(path for path in inside if not _NOT_LIBRARY.intersection(path.parts))
+    root = sysconfig.get_paths()["stdlib"]
+    found = []
+    for directory, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_LIBRARY]
+        found += [pathlib.Path(directory, name) for name in names if name.endswith(".py")]
     if not found:
         raise UserError(f"source='stdlib': {root} holds no .py files; this interpreter ships without its sources.")
-    return [str(root / path) for path in found]
+    return [str(path) for path in sorted(found)]

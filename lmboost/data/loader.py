@@ -116,28 +116,57 @@ def _parse(spec: str) -> list[tuple[str, float]]:
     return [(directory, share / total) for directory, share in parts]
 
 
-def make_rows(sources: Sequence[Windows], weights: Sequence[float], seed: int | None) -> grain.MapDataset:
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """(number of the data set, number of the row) in the place of the rows of a data set."""
+
+    number: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        return self.number, int(row)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ordered:
+    """Windows by global row number. grain orders their numbers alone: it looks into all that passes through it."""
+
+    sources: Sequence[Windows]
+    numbers: grain.MapDataset
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, place: int) -> Window:
+        source, row = self.numbers[place]
+        return self.sources[source][row]
+
+
+def make_rows(sources: Sequence[Windows], weights: Sequence[float], seed: int | None) -> Ordered:
     """Windows by global row number.
 
     With a seed: endless, shuffled anew each epoch of each data set, mixed by weight (grain rounds the shares to one
     part in a hundred of the smallest). Without: each row at most once, in stored order, mixed by weight.
     """
     parts = []
-    for source in sources:
-        rows = grain.MapDataset.source(source)
+    for number, source in enumerate(sources):
+        rows = grain.MapDataset.source(_Numbers(number, len(source)))
         if seed is not None:
             name = json.dumps([source.fingerprint, source.split, seed])
             # Hashed, because grain adds the epoch to the seed: neighbouring seeds would share permutations.
             rows = rows.shuffle(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4])).repeat()
         parts.append(rows)
-    return parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights)
+    return Ordered(sources, parts[0] if len(parts) == 1 else grain.MapDataset.mix(parts, weights))
 
 
 @dataclasses.dataclass(frozen=True)
 class _FetchBatch(grain.transforms.Map):
     """This host's share of a step's batch. Picklable, for grain's worker processes."""
 
-    rows: grain.MapDataset
+    rows: Sequence[Window]
     schedule: Callable[[int], tuple[int, int]]
     seq_len: int
     shards: tuple[int, ...]
@@ -157,28 +186,6 @@ class _FetchBatch(grain.transforms.Map):
         there = [row for row in share if row < len(self.rows)]
         empty = self.answers and self.answers.like(len(share), self.groups)
         return batch_of([self.rows[row] for row in there], len(share), self.seq_len, empty)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Numbers:
-    """(number of the data set, number of the row) in the place of the rows of a data set."""
-
-    windows: Windows
-    number: int
-
-    @property
-    def fingerprint(self) -> str:
-        return self.windows.fingerprint
-
-    @property
-    def split(self) -> str:
-        return self.windows.split
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, row: int) -> tuple[int, int]:
-        return self.number, int(row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,11 +274,9 @@ class Loader:
 
     def first_rows(self, count: int) -> list[np.ndarray]:
         """Of each data set, the numbers of its rows that are among the first `count` of the order, ascending uint32."""
-        sources = [_Numbers(source, i) for i, source in enumerate(self.sources)]
-        order = make_rows(sources, self.info.weights, self._seed)
-        found: list[set[int]] = [set() for _ in sources]
+        found: list[set[int]] = [set() for _ in self.sources]
         for place in range(count):
-            source, row = order[place]
+            source, row = self.rows.numbers[place]
             found[source].add(row)
         return [np.array(sorted(rows), np.uint32) for rows in found]
 
@@ -281,8 +286,7 @@ class Loader:
         The last batch is padded with rows of zero weight.
         """
         schedule = Rows(batch_size, candidates=1, selecting=())
-        chosen = grain.MapDataset.source(_Chosen(self.sources[source], rows))
-        return self._iterate(chosen, schedule, 0, -(-len(rows) // batch_size))
+        return self._iterate(_Chosen(self.sources[source], rows), schedule, 0, -(-len(rows) // batch_size))
 
     def eval_batches(self, batch_size: int, num_batches: int | None = None) -> Iterator[Batch]:
         """This host's share of the first `num_batches` (None: all) batches of the split, in stored order.
@@ -298,7 +302,7 @@ class Loader:
 
     def _iterate(
         self,
-        rows: grain.MapDataset,
+        rows: Sequence[Window],
         schedule: Callable,
         start: int,
         stop: int,

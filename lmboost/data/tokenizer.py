@@ -166,7 +166,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self._mark_ids is None or not any(_SPACE_MARK in text for text in texts):
-            return [np.asarray(ids, np.int32) for ids in self._model.encode(list(texts), num_threads=1)]
+            return self._model.encode(list(texts), num_threads=1, return_type="numpy")
         return [self._encode_marked(text) for text in texts]
 
     def _encode_marked(self, text: str) -> np.ndarray:

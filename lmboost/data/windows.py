@@ -1,5 +1,7 @@
 """Rows of token records: a row of T tokens is a slice of a record, and a batch is some of them."""
 
+import bisect
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -56,8 +58,8 @@ class Windows:
                 raise UserError(f"{path} {found}: copy the data set again or prepare it anew.")
         self._seq_len = seq_len
         self._rows_per_record = record_tokens // seq_len
-        self._row_ends = np.cumsum([-(-shard.positions // seq_len) for shard in shards])
-        self._record_ends = np.cumsum([shard.records for shard in shards])
+        self._row_ends = list(itertools.accumulate(-(-shard.positions // seq_len) for shard in shards))
+        self._record_ends = list(itertools.accumulate(shard.records for shard in shards))
         if len(self) > _MAX_ROWS:
             raise UserError(
                 f"{directory} has {len(self)} rows of seq_len={seq_len}, more than {_MAX_ROWS}: choose a longer "
@@ -68,19 +70,18 @@ class Windows:
         self._source = array_record_data_source.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
-        return int(self._row_ends[-1])
+        return self._row_ends[-1]
 
     def shards(self) -> list[tuple[int, int]]:
         """(first row, row after the last) of each file of the split."""
-        ends = [int(end) for end in self._row_ends]
-        return list(zip([0, *ends[:-1]], ends, strict=True))
+        return list(zip([0, *self._row_ends[:-1]], self._row_ends, strict=True))
 
     def __getitem__(self, row: int) -> Window:
         answers = {} if self._answers is None else self._answers[row]
-        shard = int(np.searchsorted(self._row_ends, row, side="right"))
-        in_shard = row - (int(self._row_ends[shard - 1]) if shard else 0)
+        shard = bisect.bisect_right(self._row_ends, row)
+        in_shard = row - (self._row_ends[shard - 1] if shard else 0)
         record, slice_ = divmod(in_shard, self._rows_per_record)
-        record += int(self._record_ends[shard - 1]) if shard else 0
+        record += self._record_ends[shard - 1] if shard else 0
         try:
             return window(self._read(record), slice_ * self._seq_len, self._seq_len)._replace(answers=answers)
         except Exception as error:  # a damaged file shows in many ways: RuntimeError, DecodeError, IndexError
