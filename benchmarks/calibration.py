@@ -46,10 +46,12 @@ TEXT = """\
 # Estimates and published speeds
 
 `python -m benchmarks.calibration` wrote this: jax {jax}, libtpu {libtpu}. Published are speeds of MaxText
-({source}), bfloat16, measured on chips; estimated is what `lmboost.aot` says of lmboost's
-plain step of the same shapes, every layer rematerialised, spread over all chips, which nobody has run, in tokens a
-second and chip. Programs differ: MaxText's keep or offload what they have room for. Rows of a chip are those of its
-benchmark configurations where these name them.
+({source}),
+bfloat16, measured on chips, in tokens a second and chip; estimated is what `lmboost.aot` says of lmboost's plain step
+of the same shapes, every layer rematerialised, spread over all chips, which nobody has run. Nothing is fitted: the
+first two were looked at while the estimate was written, the others only afterwards. Programs differ: MaxText's keep or
+offload what they have room for, where this one computes it again, by a quarter to a third more FLOPs. Rows of a chip
+are those of its benchmark configurations where these name them.
 
 | model | pod | tokens of a row | rows of a chip | memory / limit (GiB) | bound by | estimated | published | ratio |
 |---|---|---|---|---|---|---|---|---|

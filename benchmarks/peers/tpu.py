@@ -1,6 +1,6 @@
 """lmboost's plain step beside MaxText's of the same shapes, both by the TPU compiler, without a TPU.
 
-    python -m benchmarks.peers.maxtext [--envs=DIR] [--keep=DIR] [--result=benchmarks/results/maxtext.md]
+    python -m benchmarks.peers.tpu [--envs=DIR] [--keep=DIR] [--result=benchmarks/results/maxtext.md]
 
 MaxText is installed into an environment of its own (some 4 GB, below --envs, once), by uv, as pip's resolver finds no
 end of its pins. It needs Python 3.12: python3.12 on the path, or of pyenv. lmboost is installed beside it, so that one
@@ -43,7 +43,7 @@ CASES = (Case("llama3.1-8b", LLAMA3_8B, "v6e-256", 8192, 2), Case("llama2-7b", L
 TEXT = """\
 # A step beside MaxText's, by the TPU compiler
 
-`python -m benchmarks.peers.maxtext` wrote this: {maxtext}, jax {jax}, libtpu {libtpu} for both. Nothing was run. Plain
+`python -m benchmarks.peers.tpu` wrote this: {maxtext}, jax {jax}, libtpu {libtpu} for both. Nothing was run. Plain
 steps of the same shapes: AdamW, clipped gradients, bfloat16 with parameters and optimizer in float32, every layer
 rematerialised, parameters spread over all chips. Cycles are the compiler's estimate of what a chip computes,
 attention's kernels by their schedules (benchmarks/results/splash_blocks.md); exchanges are not in them, but in what a
