@@ -48,9 +48,9 @@ TEXT = """\
 `python -m benchmarks.calibration` wrote this: jax {jax}, libtpu {libtpu}. Published are speeds of MaxText
 ({source}),
 bfloat16, measured on chips, in tokens a second and chip; estimated is what `lmboost.aot` says of lmboost's plain step
-of the same shapes, every layer rematerialised, spread over all chips, which nobody has run. Nothing is fitted: the
-first two were looked at while the estimate was written, the others only afterwards. Programs differ: MaxText's keep or
-offload what they have room for, where this one computes it again, by a quarter to a third more FLOPs. Rows of a chip
+of the same shapes, every layer rematerialised, spread over all chips, which nobody has run. Nothing is fitted; the
+last two were kept back until the estimate was as it is. Programs differ: MaxText's keep or
+offload what they have room for, where this one computes it again, up to a third more FLOPs. Rows of a chip
 are those of its benchmark configurations where these name them.
 
 | model | pod | tokens of a row | rows of a chip | memory / limit (GiB) | bound by | estimated | published | ratio |

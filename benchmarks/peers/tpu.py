@@ -67,7 +67,7 @@ def python_of(envs: pathlib.Path) -> str:
     for command in (
         [base, "-m", "venv", "--clear", str(where)],
         [python, "-m", "pip", "install", "-q", "uv"],
-        [python, "-m", "uv", "pip", "install", "--python", python, MAXTEXT, "-e", str(reports.HOME)],
+        [python, "-m", "uv", "pip", "install", "--python", python, MAXTEXT, "-e", f"{reports.HOME}[tpu]"],
     ):
         print(" ".join(command), flush=True)
         if subprocess.run(command, check=False).returncode:
