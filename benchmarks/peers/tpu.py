@@ -81,8 +81,7 @@ def maxtext(python: str, path: pathlib.Path, case: Case, *fields: str) -> dict:
     if not path.exists():
         given = [f"model_name={case.name}", f"max_target_length={case.seq_len}", f"per_device_batch_size={case.rows}"]
         command = [python, str(pathlib.Path(__file__).with_name("maxtext_peer.py")), case.pod, str(path), *given]
-        environment = os.environ | {"PYTHONPATH": str(reports.HOME)}
-        subprocess.run([*command, *fields], env=environment, check=True, stdout=sys.stderr)
+        subprocess.run([*command, *fields], env=reports.environment(), check=True, stdout=sys.stderr)
     return json.loads(path.read_text())
 
 
