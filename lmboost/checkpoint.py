@@ -35,7 +35,11 @@ from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 
 # What is read of manifests and positions, see strict_json.
-_RUN = {"config": dict, "data?": {"train?": str, "fingerprint?": str}}
+_STAGE = {  # see stages.Stage
+    "directory": str, "step": int, "row": int, "order": int, "tokens": float, "flops": float, "changes": [str],
+    "evaluated": bool,
+}  # fmt: skip
+_RUN = {"config": dict, "data?": {"train?": str, "fingerprint?": str}, "stages?": [_STAGE]}
 _ITEMS = {
     "manifest": {
         "model": dict,
@@ -44,8 +48,11 @@ _ITEMS = {
             "steps": int, "batch_size": int, "seq_len": int, "objective": {"block_tokens": int},
             "data": {"train": str, "validation?": str},
         },
+        "stages?": [_STAGE],
     },
-    "position": {"step": int, "first_row": int, "fingerprints?": dict},
+    "position": {
+        "step": int, "first_row": int, "fingerprints?": dict, "spent?": {"tokens": float, "flops": float},
+    },
 }  # fmt: skip
 
 
@@ -335,7 +342,7 @@ def _damaged(path: epath.Path, error: Exception) -> Damaged:
 
 def check_same(directory: epath.Path, found: Any, wanted: Any) -> None:
     """Raises a UserError on the first leaf that the tree in a directory has not, has besides, or in another shape."""
-    found, wanted = dict(_named(found)), dict(_named(wanted))
+    found, wanted = dict(named(found)), dict(named(wanted))
     for name in sorted({*found, *wanted}):
         if name not in found or name not in wanted:
             where = "is missing in" if name in wanted else "is left over in"
@@ -352,7 +359,7 @@ def tree_metadata(directory: epath.Path, item: str) -> Any:
     return ocp.StandardCheckpointHandler().metadata(directory / item).tree
 
 
-def _named(tree: Any) -> Iterator[tuple[str, Any]]:
+def named(tree: Any) -> Iterator[tuple[str, Any]]:
     """(path, leaf) with every kind of key written alike, as Orbax's own metadata is."""
     for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if hasattr(leaf, "shape"):
@@ -383,7 +390,7 @@ def fingerprint(params: Any) -> str:
     Bits are reduced on the devices by wrapping integer sums, plain and weighted by place, which no order
     of summation changes.
     """
-    shapes = [(name, tuple(x.shape), str(x.dtype)) for name, x in _named(params)]
+    shapes = [(name, tuple(x.shape), str(x.dtype)) for name, x in named(params)]
     mesh = next((x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(x.sharding, NamedSharding)), None)
     numbers = [int(n) for n in jax.tree.leaves(jax.device_get(_sums_of_bits(mesh)(params)))]
     return hashlib.sha256(json.dumps([shapes, numbers]).encode()).hexdigest()

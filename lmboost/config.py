@@ -39,7 +39,8 @@ def base() -> ConfigDict:
     init.step = -1  # of a run: which checkpoint; -1 is the last
     # "inherit": layers of a deeper model (Inheritune); "stack": layers, over and over; "expand": each, and behind it
     # copies that add nothing at first, so that the student begins as those layers are (LLaMA Pro); "subnet": layers
-    # of a larger model, and of everything in them the first entries, as many as the student has
+    # of a larger model, and of everything in them the first entries, as many as the student has; "continue": the
+    # run's optimizer and step, too, so that this one is a stage of it with something changed (lmboost/stages.py)
     init.kind = "copy"
     init.layers = ""  # of the parent, counted from 0, as "0-5,8"; empty: the first ones, or all ("stack", "expand")
     init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)

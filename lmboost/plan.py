@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from lmboost import answers, checkpoint, flops, going_on, sharding, start
+from lmboost import answers, checkpoint, flops, going_on, sharding, stages, start
 from lmboost import config as configs
 from lmboost.data import loader
 from lmboost.data.rows import Rows, parse_ranges
@@ -20,6 +20,7 @@ from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective import auto, terms
 from lmboost.objective.terms import Objective, make_objective
+from lmboost.stages import Stage
 from lmboost.teacher import Helper, quantized
 from lmboost.teacher import find as find_helper
 from lmboost.train_step import Program, init_params
@@ -32,9 +33,10 @@ class Plan:
     Attributes:
       stops: the first step without each help; the end of the run where help ends by itself and has not yet.
       rows: which rows of the data a step reads.
-      seed: of the parameters and of the order of the data.
+      seed: of the parameters, and of the order of the data where a stage has none of its own.
       skip: steps whose rows are left out, as they were given.
       scored: what the helpers have said of the rows before the run; then they are not needed, only what they are.
+      stage: where the run begins, if it goes on from another one.
     """
 
     student: ModelConfig
@@ -53,6 +55,7 @@ class Plan:
     validation_data: loader.DataInfo | None = None
     manifest: dict[str, Any] | None = None
     scored: Scored | None = None
+    stage: Stage | None = None
 
     @functools.cached_property
     def spans(self) -> tuple[terms.Span, ...]:
@@ -96,14 +99,24 @@ class Plan:
         """The random parameters that a run begins with, see `train_step.init_params`."""
         return init_params(self.student, self.objective, self.seed, self.teacher.model if self.teacher else None)
 
+    @property
+    def order(self) -> int:
+        """The seed of the data's order."""
+        return self.stage.order if self.stage else self.seed
+
+    def tokens(self, step: int) -> float:
+        """Of the first `step` steps, those before this stage included."""
+        begin, before = (self.stage.step, self.stage.tokens) if self.stage else (0, 0)
+        return before + (step - begin) * self.batch_size * self.seq_len
+
     def flops(self, step: int) -> float:
         """Model FLOPs of the first `step` steps, helpers included, but for what they have said before."""
         models = {name: helper and helper.model for name, helper in self.helpers().items()}
-        total = 0.0
+        begin, total = (self.stage.step, self.stage.flops) if self.stage else (0, 0.0)
         for first, end, helps in self.spans:
             forwards = [] if self.scored else terms.forwards(self.objective, helps, models)
             one = flops.step_flops(self.student, self.batch_size, self.seq_len, forwards)
-            total += one * max(min(step, end) - first, 0)
+            total += one * max(min(step, end) - max(first, begin), 0)
         return total
 
     def position(self, step: int) -> dict[str, Any]:
@@ -115,7 +128,7 @@ class Plan:
             "step": step,
             "first_row": self.rows.stand(step),
             "seq_len": self.seq_len,
-            "seed": self.seed,
+            "seed": self.order,
             "fingerprint": self.train_data.fingerprint,
         }
 
@@ -156,29 +169,47 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     _check_init(config)
     scored = Scored.find(config.teacher.targets) if config.teacher.targets else None
     teacher, scorer = answers.helpers(scored, config) if scored else _helpers(config, train_data, platform)
-    run = outline(config, student, teacher, scorer)
+    entries = _stages(config, workdir, train_data, validation_data)
+    run = outline(config, student, teacher, scorer, stages.of_entry(entries[-1]) if entries else None)
     if scored:
         stops = answers.check(
-            scored, train_data, run.seq_len, run.seed, student, teacher, run.objective, run.stops, run.rows.stand
+            scored, train_data, run.seq_len, run.order, student, teacher, run.objective, run.stops, run.rows.stand
         )
         run = dataclasses.replace(run, stops=stops)
     manifest = _manifest(config, student, train_data, validation_data, teacher, scorer, scored)
+    manifest |= {"stages": entries} if entries else {}
     if workdir:
         going_on.check_workdir(config, workdir, manifest["data"])
     data = {"train_data": train_data, "validation_data": validation_data}
     return dataclasses.replace(run, **data, manifest=manifest, scored=scored)
 
 
-def outline(config: ConfigDict, student: ModelConfig, teacher: Helper | None, scorer: Helper | None) -> Plan:
+def _stages(
+    config: ConfigDict, workdir: str, train_data: loader.DataInfo, validation_data: loader.DataInfo
+) -> list[dict[str, Any]]:
+    """The chain of stages that the run ends, as the manifest has it; that of the workdir's run where it has begun."""
+    if config.init.kind != "continue":
+        return []
+    begun = (checkpoint.Run(workdir).manifest() or {}) if workdir else {}
+    if begun.get("stages"):
+        return begun["stages"]
+    stage, before = stages.find(config, train_data, validation_data)
+    return [*before, stages.entry(stage)]
+
+
+def outline(
+    config: ConfigDict, student: ModelConfig, teacher: Helper | None, scorer: Helper | None, stage: Stage | None = None
+) -> Plan:
     """The plan of a run as far as its compiled programs depend on it: without data, manifest and workdir."""
     stops = terms.stops(config.objective, config.steps)
     objective = make_objective(config.objective, config.steps, student, teacher and teacher.model)
     selecting = ((0, stops["select"]),) if stops["select"] else ()
-    rows = Rows(config.batch_size, objective.select.candidates, selecting)
+    begin = (stage.step, stage.row) if stage else (0, 0)
+    rows = Rows(config.batch_size, objective.select.candidates, selecting, begin=begin)
     names = ("steps", "batch_size", "seq_len", "accumulation", "seed")
     return Plan(
         student, objective, stops, rows.without(parse_ranges(config.data.skip, config.steps), config.steps),
-        **{name: config[name] for name in names}, skip=config.data.skip, teacher=teacher, scorer=scorer,
+        **{name: config[name] for name in names}, skip=config.data.skip, teacher=teacher, scorer=scorer, stage=stage,
     )  # fmt: skip
 
 

@@ -49,6 +49,7 @@ class Run:
     fingerprint: Any = None
     time: goodput.Goodput | None = None
     answers: tuple[str, float] | None = None  # of helpers before the run: their fingerprint, and FLOPs that they took
+    stages: tuple[float, ...] = ()  # tokens at which it went on from another run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,7 @@ def load_run(directory: str, last: int = 1, flag: str = "--run") -> Run:
         fingerprint=manifest.get("data", {}).get("fingerprint"),
         time=goodput.read(directory),
         answers=answers and (answers["fingerprint"], answers["flops"]),
+        stages=tuple(stage["tokens"] for stage in manifest.get("stages", ())),
     )
 
 

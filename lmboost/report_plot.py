@@ -29,6 +29,8 @@ def save(report: dict[str, Any], runs: Sequence[Any], file: BinaryIO) -> None:
         colour = COLOURS[(i - 1) % len(COLOURS)] if i else BASELINE
         style = LINES[(i - 1) // len(COLOURS) % len(LINES)] if i else "-"
         axes.plot(run.tokens / scale, run.val_loss, color=colour, ls=style, lw=1.8, zorder=3 if i else 2)
+        at = np.array(run.stages)  # where it went on from another run
+        axes.plot(at / scale, np.interp(at, run.tokens, run.val_loss), "|", ms=12, mew=1.5, color=colour, zorder=4)
         text = run.name if len(run.name) <= 28 else "…" + run.name[-27:]
         if i and row["reached"]:
             x = row["tokens_to_target"] / scale

@@ -67,7 +67,7 @@ def score(c: ConfigDict, flags: Flags) -> None:
         run = _plan(c, flags)
         mesh = sharding.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
         data = loader.Loader(
-            c.data.train, "train", run.seq_len, run.seed, *sharding.host_share(mesh), workers=c.data.workers
+            c.data.train, "train", run.seq_len, run.order, *sharding.host_share(mesh), workers=c.data.workers
         )
         parts, reach = answers.parts_of(run, flags.draws, flags.state_bytes), _reach(run, flags)
     with jax.set_mesh(mesh):
@@ -114,7 +114,7 @@ def _reach(run: plan.Plan, flags: Flags) -> dict[str, Reach | None]:
     """Of each group the rows that are asked about; None is all of them."""
 
     def first(steps: int) -> Reach:
-        return Reach(run.train_data.fingerprint, run.seed, run.rows.stand(steps))
+        return Reach(run.train_data.fingerprint, run.order, run.rows.stand(steps))
 
     if flags.until != -1:
         return dict.fromkeys(scored.GROUPS, first(round(flags.until * run.steps)))

@@ -4,19 +4,26 @@ import dataclasses
 from typing import Any
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from lmboost import checkpoint, optimizers, sharding
 from lmboost.checkpoint import Saved
 from lmboost.data.loader import DataInfo
 from lmboost.errors import UserError, one_of
 from lmboost.models.model_config import ModelConfig
+from lmboost.objective import auto
+from lmboost.run.checkpointer import check_fingerprints, restore_state
+from lmboost.stages import Stage
 from lmboost.surgery import inherit, subnet
+from lmboost.train_step import TrainState, init_state
 
 # init.kind: what makes the student's parameters of the parent's, from (init.layers, init.fresh, parent, student).
-# "copy" is the parent as it is, of which no part is taken.
+# "copy" is the parent as it is, of which no part is taken, "continue" the parent with its optimizer (stages.py).
 KINDS = {
-    "copy": None, "inherit": inherit.plan, "stack": inherit.plan_stack, "expand": inherit.plan_expand,
-    "subnet": subnet.plan,
+    "copy": None, "continue": None, "inherit": inherit.plan, "stack": inherit.plan_stack,
+    "expand": inherit.plan_expand, "subnet": subnet.plan,
 }  # fmt: skip
 
 
@@ -26,8 +33,8 @@ def check(path: str, kind: str, layers: str, fresh: str) -> None:
     for name, value, default in (("kind", kind, "copy"), ("layers", layers, ""), ("fresh", fresh, "")):
         if value != default and not path:
             raise UserError(f"init.{name}={value!r}, but init.path is empty: give the model that it is about.")
-    if kind == "copy" and (layers or fresh):
-        raise UserError("init.layers and init.fresh need init.kind='inherit', 'stack' or 'expand', not 'copy'.")
+    if KINDS[kind] is None and (layers or fresh):
+        raise UserError(f"init.layers and init.fresh need init.kind='inherit', 'stack' or 'expand', not {kind!r}.")
 
 
 def from_init(
@@ -61,3 +68,35 @@ def from_init(
     params = parent.load(mesh, model=dataclasses.replace(parent.model, vocab_multiple=student.vocab_multiple))
     places = jax.tree.map(lambda x: x.sharding, random)
     return jax.jit(taken, out_shardings=places)(params, random), taken.report(random)
+
+
+def from_stage(c: ConfigDict, stage: Stage, fresh: TrainState, mesh: Mesh) -> tuple[TrainState, list[str]]:
+    """(the state at the beginning of a stage, the names of what is new in it).
+
+    All of the parent's state goes on. What belongs to the teacher alone, the learned maps to its states with their
+    moments and the measured lead, is that of `fresh` where it is asked for newly or otherwise.
+
+    Raises a UserError where the parent's model is another one, or the parent was removed.
+    """
+    directory = epath.Path(stage.directory)
+    if not (directory / "training").exists():
+        raise UserError(f"init.path: {directory}, with which this stage begins, is not there any more: put it back.")
+    there = checkpoint.tree_metadata(directory, "training")
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
+    params = {"model": shapes(fresh.params["model"])} | ({"align": shapes(there["align"])} if "align" in there else {})
+    tx, _ = optimizers.make_optimizer(c.optimizer, c.steps, params)
+    like = jax.eval_shape(lambda params: init_state(params, tx), params)
+    like = like.replace(watch=jax.eval_shape(auto.begin) if "watch" in there else None)
+    state, position = restore_state(directory, like, sharding.tree_sharding(like, mesh))
+    check_fingerprints(directory, state, position)
+    old, new = dict(checkpoint.named(state)), []
+
+    def leaf(keys, x):
+        name = sharding.path_name(keys)
+        of_teacher = {"align", "watch"} & set(name.split("/"))
+        if name in old and old[name].shape == x.shape and (stage.taught_alike or not of_teacher):
+            return old[name]
+        new.append(name)
+        return x
+
+    return jax.tree_util.tree_map_with_path(leaf, fresh), new

@@ -37,6 +37,7 @@ from typing import Any
 
 import absl.logging
 import jax
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -50,6 +51,7 @@ from lmboost.run.log import Parts, RunLog, Settings
 from lmboost.run.logdir import LogDir
 from lmboost.run.metrics import take_over
 from lmboost.run.processes import say, warn
+from lmboost.stages import Stage
 from lmboost.train_step import TrainState, init_state, jit_train_step
 
 
@@ -76,7 +78,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
         # -------------------------------------------------------------- data
         with processes.together("opening the data and the workdir"):
             data = loader.Loader(
-                c.data.train, "train", c.seq_len, c.seed, *sharding.host_share(mesh), workers=c.data.workers
+                c.data.train, "train", c.seq_len, run.order, *sharding.host_share(mesh), workers=c.data.workers
             )
             validate = evaluate.Validation(
                 run.student, c.data.validation or c.data.train, c.seq_len, c.batch_size, c.eval.batches, mesh,
@@ -104,7 +106,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             manifest = _write_manifest(run, helpers, workdir)
         clock.begin(first)
         spent = lambda done: run.flops(done)  # noqa: E731, of the plan as it is then: help may have ended since
-        asked = Settings(c.steps, c.batch_size * c.seq_len, spent, c.max_nonfinite, **c.log)
+        asked = Settings(c.steps, run.tokens, spent, c.max_nonfinite, **c.log)
         log = keep(RunLog(asked, log_dir, clock, first))
         part = Parts(watch, clock, log)
 
@@ -123,7 +125,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 held.check()
                 log.check()
                 _keep_manifest(manifest, workdir)
-                save(state, done, run.position(done) | {"evaluated": evaluated}, manifest)
+                cost = {"tokens": run.tokens(done), "flops": run.flops(done)}
+                save(state, done, run.position(done) | {"evaluated": evaluated, "spent": cost}, manifest)
             log.saved(done)
 
         def tasks_at(done: int) -> None:
@@ -229,13 +232,15 @@ def _start(
             warn(f"resume.path: {remark}")
     if found:
         state, position, step = found
-        evaluated = position.pop("evaluated", True)
+        evaluated, _ = position.pop("evaluated", True), position.pop("spent", None)
         run.check_position(position, f"the {origin} of step {step}")
         if origin == "resume.path" and (old := checkpoint.Run.of(directory)):
             take_over(log_dir.path, old.workdir, step)
         say(f"start: {origin}, step {step}")
         return state, step, evaluated
     state = jax.jit(fresh, out_shardings=shardings)()
+    if run.stage:
+        return _start_stage(c, run.stage, state, mesh, log_dir), run.stage.step, run.stage.evaluated
     if c.init.path:
         parent = checkpoint.Saved.find(c.init.path, c.init.step, "init.path")
         params, remarks = start.from_init(
@@ -248,6 +253,22 @@ def _start(
     else:
         say(f"start: random parameters, seed {c.seed}, step 0")
     return state, 0, True
+
+
+def _start_stage(c: ConfigDict, stage: Stage, fresh: TrainState, mesh: Mesh, log_dir: LogDir) -> TrainState:
+    """The state that a stage begins with; says what is otherwise than before."""
+    directory = epath.Path(stage.directory)
+    state, new = start.from_stage(c, stage, fresh, mesh)
+    take_over(log_dir.path, checkpoint.Run.of(directory).workdir, stage.step)
+    lines = [f"changed, {line}" for line in stage.changes]
+    lines += [f"new, {name}" for name in new]
+    lines += [f"the data {f'goes on at row {stage.row}' if stage.row else 'begins anew'}"]
+    for line in lines:
+        say(f"init.path: {line}")
+    for remark in going_on.what_begins_again(checkpoint.read_manifest(directory)["config"], c, stage.step):
+        warn(f"init.path: {remark}")
+    say(f"start: init.path {directory}, step {stage.step}")
+    return state
 
 
 def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> dict[str, Any]:

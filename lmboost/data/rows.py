@@ -19,12 +19,14 @@ class Rows:
       candidates: rows that are scored for each of them, in the steps that select.
       selecting: (first step, step after the last) of spans that select.
       jumps: (step, rows left out before it in all) of each range that is left out, in order; see `without`.
+      begin: (step, row) that the first step of a stage is, and reads first; no step before it is asked for.
     """
 
     batch_size: int
     candidates: int
     selecting: tuple[tuple[int, int], ...]
     jumps: tuple[tuple[int, int], ...] = ()
+    begin: tuple[int, int] = (0, 0)
 
     def __call__(self, step: int) -> tuple[int, int]:
         """(first row, number of rows); more rows while candidates are scored."""
@@ -73,8 +75,9 @@ class Rows:
 
     def _plain(self, step: int) -> int:
         """Rows that the steps before `step` take where none are left out, so also the first row of `step` there."""
-        scored = sum(max(min(step, end) - first, 0) for first, end in self.selecting)
-        return (step + scored * (self.candidates - 1)) * self.batch_size
+        begin, row = self.begin
+        scored = sum(max(min(step, end) - max(first, begin), 0) for first, end in self.selecting)
+        return row + (max(step - begin, 0) + scored * (self.candidates - 1)) * self.batch_size
 
 
 def parse_ranges(text: str, steps: int) -> tuple[tuple[int, int], ...]:

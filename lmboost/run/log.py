@@ -25,8 +25,8 @@ class Settings:
     """What a run's numbers are computed from, and which are asked for; from `every` on, the config's `log` subtree."""
 
     steps: int
-    step_tokens: int
-    flops: Callable[[int], float]  # model FLOPs of the first so many steps
+    tokens: Callable[[int], float]  # of the first so many steps
+    flops: Callable[[int], float]  # model FLOPs of them
     max_nonfinite: int  # so many skipped steps in a row end the run
     every: int
     tensorboard: bool
@@ -75,7 +75,7 @@ class RunLog:
         now = time.monotonic()
         if self._since:
             steps, seconds = done - self._since[0], now - self._since[1]
-            values["tokens_per_second"] = steps * asked.step_tokens / seconds
+            values["tokens_per_second"] = (asked.tokens(done) - asked.tokens(done - steps)) / seconds
             rate = (asked.flops(done) - asked.flops(done - steps)) / seconds
             values["mfu"] = flops.mfu(rate, jax.devices()[0].device_kind, jax.device_count())
         self._since = (done, now)
@@ -140,7 +140,7 @@ class RunLog:
         self._profiling = False
 
     def _progressed(self, done: int) -> dict[str, float]:
-        return {"tokens": done * self._asked.step_tokens, "flops": self._asked.flops(done)}
+        return {"tokens": self._asked.tokens(done), "flops": self._asked.flops(done)}
 
 
 class Parts(NamedTuple):
