@@ -42,6 +42,9 @@ def base() -> ConfigDict:
     # of a larger model, and of everything in them the first entries, as many as the student has; "continue": the
     # run's optimizer and step, too, so that this one is a stage of it with something changed (lmboost/stages.py)
     init.kind = "copy"
+    # "continue", deeper: "stack" (the layers over and over), or behind each layer new ones: "interpose" (copies),
+    # "zero" and "identity" (copies, and random ones, that add nothing at first), "random"; their moments begin at zero
+    init.grow = ""
     init.layers = ""  # of the parent, counted from 0, as "0-5,8"; empty: the first ones, or all ("stack", "expand")
     init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)
 

@@ -169,7 +169,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     _check_init(config)
     scored = Scored.find(config.teacher.targets) if config.teacher.targets else None
     teacher, scorer = answers.helpers(scored, config) if scored else _helpers(config, train_data, platform)
-    entries = _stages(config, workdir, train_data, validation_data)
+    entries = _stages(config, workdir, student, train_data, validation_data)
     run = outline(config, student, teacher, scorer, stages.of_entry(entries[-1]) if entries else None)
     if scored:
         stops = answers.check(
@@ -185,7 +185,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
 
 
 def _stages(
-    config: ConfigDict, workdir: str, train_data: loader.DataInfo, validation_data: loader.DataInfo
+    config: ConfigDict, workdir: str, student: ModelConfig, train: loader.DataInfo, validation: loader.DataInfo
 ) -> list[dict[str, Any]]:
     """The chain of stages that the run ends, as the manifest has it; that of the workdir's run where it has begun."""
     if config.init.kind != "continue":
@@ -193,7 +193,7 @@ def _stages(
     begun = (checkpoint.Run(workdir).manifest() or {}) if workdir else {}
     if begun.get("stages"):
         return begun["stages"]
-    stage, before = stages.find(config, train_data, validation_data)
+    stage, before = stages.find(config, student, train, validation)
     return [*before, stages.entry(stage)]
 
 
@@ -281,7 +281,7 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
 def _check_init(config: ConfigDict) -> None:
     if config.resume.step != -1 and not config.resume.path:
         raise UserError(f"resume.step={config.resume.step}, but resume.path is empty: give the run that it is about.")
-    start.check(config.init.path, config.init.kind, config.init.layers, config.init.fresh)
+    start.check(**{name: config.init[name] for name in ("path", "kind", "layers", "fresh")}, growth=config.init.grow)
 
 
 def _check_tasks(config: ConfigDict) -> None:

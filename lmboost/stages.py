@@ -17,6 +17,8 @@ from lmboost import checkpoint, places
 from lmboost import config as configs
 from lmboost.data.loader import DataInfo
 from lmboost.errors import UserError
+from lmboost.models.model_config import ModelConfig
+from lmboost.surgery import grow
 
 _EARLIER = "it was written before there were stages: resume.path goes on from it with an unchanged data position"
 
@@ -51,11 +53,13 @@ class Stage:
         return not any(line.startswith(fields) for line in self.changes)
 
 
-def find(c: ConfigDict, train: DataInfo, validation: DataInfo) -> tuple[Stage, list[dict[str, Any]]]:
+def find(
+    c: ConfigDict, student: ModelConfig, train: DataInfo, validation: DataInfo
+) -> tuple[Stage, list[dict[str, Any]]]:
     """(the stage that a config asks for, the entries of the stages before it).
 
     Raises a UserError where the parent is no run, has not come to its end and no step of it is named, has another
-    tokenizer or optimizer, or ended at or after `steps`.
+    tokenizer or optimizer, stands at `steps` or after it, or cannot become the student.
     """
     parent = checkpoint.Saved.find(c.init.path, c.init.step, "init.path")
     directory = parent.directory
@@ -82,6 +86,15 @@ def find(c: ConfigDict, train: DataInfo, validation: DataInfo) -> tuple[Stage, l
         raise UserError(
             f"steps={c.steps}, but {directory} stands at step {step}: a stage counts on from there, and steps is the "
             "number of the whole chain. Give a larger one."
+        )
+    if c.init.grow:
+        grow.plan(c.init.grow, student.with_sizes(parent.model.sizes), student)
+        if c.optimizer.name == "adafactor":
+            raise UserError("init.grow: the statistics of optimizer.name='adafactor' can't be given to more layers.")
+    elif parent.model.num_layers != student.num_layers:
+        raise UserError(
+            f"model.num_layers={student.num_layers}, but the run in {c.init.path} has {parent.model.num_layers}: set "
+            f"it to that, or init.grow to one of {', '.join(grow.GROWTHS)} where it is to become deeper."
         )
     if "spent" not in position:
         raise UserError(f"init.path={c.init.path!r}: {directory} does not say what it has cost, as {_EARLIER}.")

@@ -51,7 +51,6 @@ from lmboost.run.log import Parts, RunLog, Settings
 from lmboost.run.logdir import LogDir
 from lmboost.run.metrics import take_over
 from lmboost.run.processes import say, warn
-from lmboost.stages import Stage
 from lmboost.train_step import TrainState, init_state, jit_train_step
 
 
@@ -240,7 +239,7 @@ def _start(
         return state, step, evaluated
     state = jax.jit(fresh, out_shardings=shardings)()
     if run.stage:
-        return _start_stage(c, run.stage, state, mesh, log_dir), run.stage.step, run.stage.evaluated
+        return _start_stage(c, run, state, mesh, log_dir), run.stage.step, run.stage.evaluated
     if c.init.path:
         parent = checkpoint.Saved.find(c.init.path, c.init.step, "init.path")
         params, remarks = start.from_init(
@@ -255,13 +254,12 @@ def _start(
     return state, 0, True
 
 
-def _start_stage(c: ConfigDict, stage: Stage, fresh: TrainState, mesh: Mesh, log_dir: LogDir) -> TrainState:
+def _start_stage(c: ConfigDict, run: plan.Plan, fresh: TrainState, mesh: Mesh, log_dir: LogDir) -> TrainState:
     """The state that a stage begins with; says what is otherwise than before."""
-    directory = epath.Path(stage.directory)
-    state, new = start.from_stage(c, stage, fresh, mesh)
+    stage, directory = run.stage, epath.Path(run.stage.directory)
+    state, new = start.from_stage(c, stage, run.student, fresh, mesh)
     take_over(log_dir.path, checkpoint.Run.of(directory).workdir, stage.step)
-    lines = [f"changed, {line}" for line in stage.changes]
-    lines += [f"new, {name}" for name in new]
+    lines = [f"changed, {line}" for line in stage.changes] + new
     lines += [f"the data {f'goes on at row {stage.row}' if stage.row else 'begins anew'}"]
     for line in lines:
         say(f"init.path: {line}")

@@ -62,6 +62,7 @@ CHANGES = {
     "rotary base": ["--config.model.rope_theta=50000"],
     "data": ["--config.data.train=DATA=0.5,OTHER=0.5"],
     "help": [*helped("PARENT")],
+    "depth": ["--config.model.num_layers=4", "--config.init.grow=identity"],
 }
 
 
@@ -89,7 +90,7 @@ def test_a_stage_that_is_killed_goes_on_bit_for_bit(tmp_path, run, parent, fille
     entry = json.loads((tmp_path / "run" / "manifest.json").read_text())["stages"][0]
     assert entry["step"] == 4 and all(f"changed, {line}" in said for line in entry["changes"])
     assert {line.split(":")[0] for line in entry["changes"]} == {
-        re.sub(r"^--config\.", "", flag).split("=")[0] for flag in flags
+        re.sub(r"^--config\.", "", flag).split("=")[0] for flag in flags if "init." not in flag
     }
     anew = change in ("row length", "data", "all")
     assert ("the data begins anew" in said) == anew and (entry["row"] == 0) == anew
@@ -99,6 +100,17 @@ def test_a_stage_that_is_killed_goes_on_bit_for_bit(tmp_path, run, parent, fille
     shutil.rmtree(tmp_path / "again" / "checkpoints" / str(last))
     assert_same(run(tmp_path / "again", *stage(parent[0], 4, *flags)), state)
     assert numbers(tmp_path / "again") == numbers(tmp_path / "run")
+
+
+def test_a_run_that_grows_with_the_help_of_what_it_was(tmp_path, run, parent, capsys):
+    grown = ("--config.model.num_layers=4", "--config.init.grow=zero", "--config.eval.every=2")
+    teacher = (*helped(parent[0]), "--config.teacher.step=4")
+    run(tmp_path / "run", *teacher, *stage(parent[0], 4, *grown))
+    assert (
+        "init.path: layers 1,3 are new: copies of the parent's 0-1, and add nothing at first" in capsys.readouterr().out
+    )
+    before, after = losses(parent[0], "val_loss"), losses(tmp_path / "run", "val_loss")
+    assert after[4] == pytest.approx(before[4], rel=1e-5) and after[8] < before[4]
 
 
 def test_tokens_flops_and_rows_count_on_through_a_chain(tmp_path, run, parent):
@@ -133,8 +145,8 @@ def test_maps_and_the_lead_of_another_teacher_begin_anew(tmp_path, run, parent, 
     capsys.readouterr()
     run(tmp_path / "second", *helped(parent[0]), "--config.teacher.step=6", *stage(tmp_path / "first", 4))
     said = capsys.readouterr().out
-    assert "init.path: new, params/align" in said and "init.path: new, watch/total" in said
-    assert "new, params/model" not in said
+    assert "init.path: params/align/1 is new" in said and "init.path: watch/total is new" in said
+    assert not re.search("params/model.*is new", said)
     plain = run(tmp_path / "third", *stage(tmp_path / "first", 4))  # what is not needed any more is left
     assert set(plain.params) == {"model"} and plain.watch is None and jax.device_get(plain.step) == 8
 
@@ -148,6 +160,11 @@ WRONG = {
     ),
     "optimizer": (["--config.optimizer.name=lion"], "has the moments of 'adamw': a stage goes on with the same"),
     "steps": (["--config.steps=4"], "stands at step 4: a stage counts on from there"),
+    "depth": (["--config.model.num_layers=4"], "set it to that, or init.grow to one of stack, interpose, zero"),
+    "less": (["--config.model.num_layers=1", "--config.init.grow=zero"], "the parent has 2 layers; give more"),
+    "multiple": (["--config.model.num_layers=3", "--config.init.grow=stack"], "is no multiple of the parent's 2"),
+    "growth": (["--config.init.grow=zeros", "--config.model.num_layers=3"], "did you mean 'zero'|expected one of"),
+    "growth alone": (["--config.init.grow=zero", "--config.init.kind=copy"], "needs init.kind='continue', not 'copy'"),
     "model": (["--config.model.mlp_dim=32"], "has shape .* give the config of the checkpoint's model"),
     "parts": (["--config.init.layers=0"], "need init.kind='inherit', 'stack' or 'expand', not 'continue'"),
 }

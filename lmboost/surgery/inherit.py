@@ -48,7 +48,7 @@ class Inheritance:
           random: a parameter tree of the child, from which the fresh parts come.
         """
         rest = {name: (random if PARTS[name] in self.fresh else params)[name] for name in random if name != "layers"}
-        return rest | {"layers": self._silence(self._take_layers(params))}
+        return rest | {"layers": self.silence(self._take_layers(params))}
 
     def _take_layers(self, params: Mapping[str, Any]) -> Any:
         """The child's layers out of the parent's parameters, stacked as the child's segments are."""
@@ -60,7 +60,7 @@ class Inheritance:
             [jax.tree.map(lambda *xs: jnp.stack(xs), *taken[s.start : s.stop]) for s in self.child.segments()]
         )
 
-    def _silence(self, layers: Any) -> Any:
+    def silence(self, layers: Any) -> Any:
         """The child's layers, those that are silent with zeros wherever they give to the residual stream."""
         if not self.silent:
             return layers
