@@ -1,18 +1,11 @@
 """Metrics on the host: (sum, count) pairs, and the run's metrics.jsonl and TensorBoard files."""
 
 import os
-import socket
-import struct
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 from etils import epath
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
 
 from lmboost import places
 from lmboost.errors import UserError
@@ -58,7 +51,9 @@ class Writers:
                 lines.rewrite(path, (line for line in kept if line["step"] <= resume_step))
             self._lines = lines.Lines(path)
             if tensorboard:
-                self._events = _Events(path := os.path.join(directory, "tensorboard"), resume_step)
+                from lmboost.run import events  # its library is slow to load, by Google's storage client
+
+                self._events = events.Events(path := os.path.join(directory, "tensorboard"), resume_step)
         except OSError as error:
             raise UserError(f"--workdir={directory}: {path} cannot be written ({error.strerror}).") from error
 
@@ -82,40 +77,6 @@ class Writers:
             if writer:
                 writer.close()
         self._lines = self._events = None
-
-
-class _Events:
-    """A file of TensorBoard's, with the numbers of a step in one record.
-
-    tensorboardX's own writer is left out: its thread dies on a full disk, and its callers then wait for ever.
-    """
-
-    def __init__(self, directory: str, resume_step: int):
-        os.makedirs(directory, exist_ok=True)
-        now = time.time_ns()  # named by the second alone, a quick restart would go on in the same file
-        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
-        self._file = lines.Appender(os.path.join(directory, name))
-        self._append(Event(file_version="brain.Event:2"))
-        purge = resume_step + 1 if resume_step else 0  # from this step on, TensorBoard hides what earlier files hold
-        self._append(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        numbers = [number for k, v in values.items() for number in summary.scalar(k, v).value]
-        self._append(Event(step=step, summary=Summary(value=numbers)))
-
-    def check(self) -> None:
-        self._file.check()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _append(self, event: Event) -> None:
-        """A record is length, checksum, bytes, checksum."""
-        event.wall_time = time.time()
-        data = event.SerializeToString()
-        head = struct.pack("<Q", len(data))
-        check = lambda part: struct.pack("<I", masked_crc32c(part))  # noqa: E731
-        self._file.append(head + check(head) + data + check(data))
 
 
 def read(workdir: str) -> Iterator[dict[str, Any]]:

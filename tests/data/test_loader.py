@@ -48,6 +48,18 @@ def assert_equal(left, right):
             np.testing.assert_array_equal(one[name], two[name], name)
 
 
+def test_records_are_examples_of_tfds():
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    for starts in ([], [0, 4]):
+        record = records.Record(np.arange(9, dtype=np.int32), np.array(starts, np.int32), 9)
+        example = tf_example_pb2.Example.FromString(records.serialize(record))
+        feature = example.features.feature
+        assert np.frombuffer(feature["tokens"].bytes_list.value[0], "<i4").tolist() == list(range(9))
+        assert (list(feature["doc_starts"].int64_list.value), feature["length"].int64_list.value[0]) == (starts, 9)
+        assert example.SerializeToString(deterministic=True) == records.serialize(record)
+
+
 @hypothesis.given(
     st.lists(st.integers(2, 40), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 9), st.integers(0, 5)
 )

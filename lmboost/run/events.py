@@ -1,0 +1,48 @@
+"""TensorBoard files."""
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+
+from tensorboardX import summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+from lmboost.run import lines
+
+
+class Events:
+    """A file of TensorBoard's, with the numbers of a step in one record.
+
+    tensorboardX's own writer is left out: its thread dies on a full disk, and its callers then wait for ever.
+    """
+
+    def __init__(self, directory: str, resume_step: int):
+        os.makedirs(directory, exist_ok=True)
+        now = time.time_ns()  # named by the second alone, a quick restart would go on in the same file
+        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+        self._file = lines.Appender(os.path.join(directory, name))
+        self._append(Event(file_version="brain.Event:2"))
+        purge = resume_step + 1 if resume_step else 0  # from this step on, TensorBoard hides what earlier files hold
+        self._append(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        numbers = [number for k, v in values.items() for number in summary.scalar(k, v).value]
+        self._append(Event(step=step, summary=Summary(value=numbers)))
+
+    def check(self) -> None:
+        self._file.check()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, event: Event) -> None:
+        """A record is length, checksum, bytes, checksum."""
+        event.wall_time = time.time()
+        data = event.SerializeToString()
+        head = struct.pack("<Q", len(data))
+        check = lambda part: struct.pack("<I", masked_crc32c(part))  # noqa: E731
+        self._file.append(head + check(head) + data + check(data))
