@@ -14,6 +14,7 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
     "collective-broadcast",
 )  # fmt: skip
+NO_ESTIMATE = 2**63 - 1  # of cycles
 BYTES = {"pred": 1, "token": 0} | {f"{kind}{bits}": max(bits // 8, 1) for kind in "suf" for bits in (4, 8, 16, 32, 64)}
 
 _ARRAY = re.compile(r"\b(pred|token|bf16|[suf]\d+(?:e\d\w*)?)\[([\d,]*)\]")
@@ -184,12 +185,14 @@ class Program:
     def cycles(self) -> int:
         """The compiler's own estimate of what the program's instructions take on a chip, waiting for others left out.
 
-        It is what each fused operation says of itself, times the turns of the loops around it: good for ratios.
+        It is what each fused operation says of itself, times the turns of the loops around it: good for ratios. What is
+        given to the sparse cores, which work beside, has no estimate.
         """
         total = 0
         for one, computation, around, times in self._visit(self._entry, self._entry, 1):
             said = re.search(r'"estimated_cycles":"?(\d+)', one.line)
-            total += times * int(said[1]) if said and computation == around else 0
+            if said and computation == around and int(said[1]) != NO_ESTIMATE:
+                total += times * int(said[1])
         return total
 
     def attentions(self) -> list[Attention]:

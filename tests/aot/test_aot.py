@@ -296,6 +296,7 @@ def test_cycles_count_with_the_loop_around_them():
     said = ', backend_config={"estimated_cycles":"7","x":{}}'
     text = TEXT.replace("kind=kCustom, calls=%piece", "kind=kCustom, calls=%piece" + said)
     text = text.replace("dimensions={0}", "dimensions={0}" + said.replace("7", "1000"))  # inside of what is fused
+    text = text.replace("copy(%first)", "copy(%first)" + said.replace("7", str(2**63 - 1)))  # on a sparse core
     assert hlo.Program(text, 32).cycles() == 7 + 29 * 2 * 7
 
 
