@@ -43,11 +43,12 @@ CASES = (Case("llama3.1-8b", LLAMA3_8B, "v6e-256", 8192, 2), Case("llama2-7b", L
 TEXT = """\
 # A step beside MaxText's, by the TPU compiler
 
-`python -m benchmarks.peers.tpu` wrote this: {maxtext}, jax {jax}, libtpu {libtpu} for both. Nothing was run. Plain
-steps of the same shapes: AdamW, clipped gradients, bfloat16 with parameters and optimizer in float32, every layer
-rematerialised, parameters spread over all chips. Cycles are the compiler's estimate of what a chip computes,
+`python -m benchmarks.peers.tpu` wrote this: {maxtext}, jax {jax}, libtpu {libtpu} for both. Nothing was
+run. Plain steps of the same shapes: AdamW, clipped gradients, bfloat16 with parameters and optimizer in float32, every
+layer rematerialised, parameters spread over all chips. Cycles are the compiler's estimate of what a chip computes,
 attention's kernels by their schedules (benchmarks/results/splash_blocks.md); exchanges are not in them, but in what a
-chip receives. MaxText's own distillation is another trainer, which its train_compile does not compile.
+chip receives, if each is done as a ring: MaxText adds up gradients of the chips in bfloat16, lmboost in float32.
+MaxText's own distillation is another trainer, which its train_compile does not compile.
 
 | model | pod | rows of a chip | step | memory of a chip, GiB | cycles, 10^6 | of attention | received, GiB |
 |---|---|---|---|---|---|---|---|
