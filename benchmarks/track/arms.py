@@ -24,6 +24,8 @@ class Arm(NamedTuple):
       winner: the arm whose search found the run's model, and its start unless `fresh`.
       answers: flags of lmboost.score, where the teacher answers before the run and is not in memory; None if it is.
       shuffled: whether the entries of each of the teacher's tensors are drawn anew from among themselves: a control.
+      until: the share of the run after which it stands, its learning rate that of the whole one; other runs are stages
+        that go on from it.
     """
 
     changes: Changes = {}
@@ -38,6 +40,7 @@ class Arm(NamedTuple):
     fresh: bool = False
     answers: dict[str, Any] | None = None
     shuffled: bool = False
+    until: float = 1.0
 
     @property
     def needs(self) -> list[str]:
@@ -276,6 +279,29 @@ def _rounded() -> dict[str, Arm]:
     }
 
 
+def _growth() -> dict[str, Arm]:
+    """A shallower model that becomes the student after a share of the run: how, when, from what, and with its help."""
+    wsd = {"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.5}
+    schedules = {"": MUON, "-wsd": MUON | wsd, "-adamw": ADAMW}
+    young = {
+        f"young-{small}-{share:g}{schedule}": Arm(changes, small, steps_of="student", until=share)
+        for small in ("one-layer", "two-layers") for share in (0.3, 0.5, 0.7) for schedule, changes in schedules.items()
+    }  # fmt: skip
+
+    def grown(kind: str, small: str, share: float, schedule: str = "", help: Changes | None = None) -> Arm:
+        parent = f"young-{small}-{share:g}{schedule}"
+        stage = {"init.kind": "continue", "init.grow": kind}
+        return Arm(schedules[schedule] | stage | (help or {}), parent=parent, teacher=parent if help else "")
+
+    kinds = ("stack", "interpose", "zero", "identity", "random")
+    arms = {f"grow-{kind}-0.5": grown(kind, "two-layers", 0.5) for kind in kinds}
+    arms |= {f"grow-zero-{share:g}": grown("zero", "two-layers", share) for share in (0.3, 0.7)}
+    arms |= {f"grow-zero-0.5{schedule}": grown("zero", "two-layers", 0.5, schedule) for schedule in ("-wsd", "-adamw")}
+    arms |= {f"grow-one-{kind}-0.5": grown(kind, "one-layer", 0.5) for kind in ("stack", "zero", "identity")}
+    helps = {"auto": AUTO, "let": align(stop=0.65), "salt": kd(stop=0.65)}
+    return young | arms | {f"grow-zero-0.5-{n}": grown("zero", "two-layers", 0.5, help=h) for n, h in helps.items()}
+
+
 def _adamw() -> dict[str, Arm]:
     """The papers' own comparison is with AdamW."""
     arms = {"salt": kd(stop=STOP), "let": align(stop=STOP), "both": both(STOP), "auto": AUTO}
@@ -303,10 +329,11 @@ def _sweeps(name: str) -> dict[str, Arm]:
 ARMS: dict[str, Arm] = {
     **_plain(), **_teachers(), "salt": _helped(kd(stop=STOP)), "let": _helped(align(stop=STOP)),
     "both": _helped(both(STOP)), **_stops(), **_salt(), **_selection(), **_let(), **_auto(), **_inherited(),
-    **_shorter(), **_everything(), **_cuts(), **_disk(), **_rounded(), **_adamw(),
+    **_shorter(), **_everything(), **_cuts(), **_disk(), **_rounded(), **_growth(), **_adamw(),
     **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
-NEEDED = {name for arm in ARMS.values() for name in arm.needs}  # these have not read the rows in the others' order
+# These have not read the rows in the others' order, but for what becomes the student.
+NEEDED = {name for arm in ARMS.values() for name in arm.needs if ARMS[name].until == 1}
 
 LINE = "line.json"  # in the workdir of a run that is finished: what came out of it
 

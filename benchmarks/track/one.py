@@ -49,6 +49,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     model = tier.models[arm.model]
     c = recipe(tier, model, tier.steps_of(tier.models[arm.steps_of or arm.model], arm.length))
     c.update_from_flattened_dict(arm.changes)
+    _stand(c, arm.until)
     c.seed, c.data.train = seed + (HELPER_SEEDS if name in NEEDED else 0), str(data / "train")
     if arm.teacher:
         c.teacher.path = str(workdir_of(out, tier.name, arm.teacher, seed))
@@ -56,7 +57,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
         c.objective.select.scorer = str(workdir_of(out, tier.name, arm.scorer, seed))
     if arm.shuffled:
         c.teacher.path = shuffled(c.teacher.path, f"{workdir}/teacher", seed)
-    if arm.parent:
+    if arm.parent:  # of a stage the checkpoint that it stands with
         c.init.path = str(workdir_of(out, tier.name, arm.parent, seed))
     if arm.search:
         return _search(tier, name, seed, c, workdir)
@@ -82,6 +83,22 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
         "config": _changed(c), "model": manifest["model"], "data": manifest["data"], "versions": manifest["versions"],
         "devices": manifest["devices"], **said,
     }  # fmt: skip
+
+
+def _stand(c: ConfigDict, until: float) -> None:
+    """Has a run end after this share of its steps, with the learning rate that it has there."""
+    if until == 1:
+        return
+    steps, o = c.steps, c.optimizer
+    c.steps = round(until * steps / c.eval.every) * c.eval.every
+    fallen = (c.steps - o.warmup_steps) / (steps - o.warmup_steps)  # the share of what is after the warm-up
+    match o.schedule:
+        case "wsd" if c.steps <= steps - round(o.decay_fraction * steps):
+            o.schedule = "constant"
+        case "linear":
+            o.final_fraction += (1 - o.final_fraction) * (1 - fallen)
+        case other:
+            raise ValueError(f"a run with a schedule of {other} can't be told to stand at {until} of its steps.")
 
 
 def _score(c: ConfigDict, out: str, answers: dict[str, Any]) -> dict[str, Any]:
