@@ -28,7 +28,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def check(path: str, kind: str, layers: str, fresh: str, growth: str) -> None:
+def check(path: str, kind: str, layers: str, fresh: str, growth: str = "") -> None:
     """Raises a UserError where the fields of `init` make no sense together."""
     one_of("init.kind", kind, KINDS)
     if growth and kind != "continue":
