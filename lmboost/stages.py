@@ -34,7 +34,7 @@ class Stage:
       order: the seed of that order.
       tokens, flops: that the chain has spent before.
       changes: "field: old -> new", of what is computed otherwise than before.
-      evaluated: whether the parent has evaluated itself at this step, on the same rows.
+      evaluated: whether the parent has evaluated itself at this step, as the same model on the same rows.
     """
 
     directory: str
@@ -100,15 +100,17 @@ def find(
         raise UserError(f"init.path={c.init.path!r}: {directory} does not say what it has cost, as {_EARLIER}.")
     own = {"fingerprint": train.fingerprint, "seq_len": c.seq_len}
     same = all(position.get(name) == value for name, value in own.items()) and old.seed == c.seed
-    before = parent.manifest["data"].get("fingerprint")
+    changes = _changes(old, c, position.get("fingerprint") == train.fingerprint)
+    alike = not any(line.startswith(("model.", "seq_len")) for line in changes)  # so is the loss on the same rows
+    alike &= parent.manifest["data"].get("fingerprint") == validation.fingerprint
     stage = Stage(
         directory=str(directory),
         step=step,
         row=position["first_row"] if same else 0,
         order=position["seed"] if same else _order(c.seed, step),
         **position["spent"],
-        changes=tuple(_changes(old, c, position.get("fingerprint") == train.fingerprint)),
-        evaluated=position.get("evaluated", False) and before == validation.fingerprint and old.seq_len == c.seq_len,
+        changes=tuple(changes),
+        evaluated=position.get("evaluated", False) and alike,
     )
     return stage, parent.manifest.get("stages", [])
 
@@ -120,7 +122,7 @@ def _order(seed: int, step: int) -> int:
 
 def _changes(old: ConfigDict, new: ConfigDict, same_data: bool) -> list[str]:
     """Lines of what is computed otherwise; where a run starts is none, nor where the same data lies."""
-    about = ("init.", "data.train:" if same_data else "init.")
+    about = ("init.", "data.train:") if same_data else ("init.",)
     return [line for line in configs.differences(old, new) if not line.startswith(about)]
 
 

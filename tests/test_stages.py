@@ -110,6 +110,7 @@ def test_a_run_that_grows_with_the_help_of_what_it_was(tmp_path, run, parent, ca
         "init.path: layers 1,3 are new: copies of the parent's 0-1, and add nothing at first" in capsys.readouterr().out
     )
     before, after = losses(parent[0], "val_loss"), losses(tmp_path / "run", "val_loss")
+    assert sum(line["step"] == 4 and "val_loss" in line for line in lines(tmp_path / "run")) == 2  # its own, too
     assert after[4] == pytest.approx(before[4], rel=1e-5) and after[8] < before[4]
 
 
