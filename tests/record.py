@@ -26,7 +26,9 @@ def recording(directory: pathlib.Path, compile_step):
                 for name, array in batch.items()
                 for shard in array.addressable_shards
             }
-            np.savez(directory / f"{int(state.step)}-{jax.process_index()}.npz", **parts)
+            path = directory / f"{int(state.step)}-{jax.process_index()}.npz"
+            np.savez(path.with_suffix(".tmp.npz"), **parts)
+            path.with_suffix(".tmp.npz").rename(path)  # whole or not there: the process may be killed at any time
             return step_fn(state, helpers, batch)
 
         return run
@@ -37,7 +39,7 @@ def recording(directory: pathlib.Path, compile_step):
 def read(directory: pathlib.Path) -> dict[int, dict[str, np.ndarray]]:
     """{step: global batch} of what was written down by all processes of one attempt."""
     parts: dict[int, dict[str, np.ndarray]] = {}
-    for path in directory.glob("*.npz"):
+    for path in directory.glob("*[0-9].npz"):
         parts.setdefault(int(path.name.split("-")[0]), {}).update(np.load(path))
     batches = {}
     for step, rows in parts.items():
