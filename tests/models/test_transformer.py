@@ -12,7 +12,7 @@ import pytest
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models import model_config, rope, transformer
+from lmboost.models import block, model_config, rope, transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import PRESETS, tiny
 
@@ -37,6 +37,16 @@ GRID = {
     "by layer": {"scale_attn_by_layer": True, "num_kv_heads": 1, "rope_scaling_factor": 8.0},
     "post norm": {"norm_placement": "post", "qk_norm": "full"},
     "sliding window": {"sliding_window": 5},
+    "gemma": {
+        "layer_kinds": "window,full", "sliding_window": 5, "rope_local_theta": 100.0, "norm_placement": "both",
+        "zero_centred_norm": True, "mlp": "gelu_tanh_gated", "qk_norm": "head", "embed_scale": 3.0,
+        "attn_scale": 0.4, "attn_softcap": 2.0, "logit_softcap": 3.0,
+    },
+    "granite, nope": {
+        "layer_kinds": "full,nope", "residual_scale": 0.3, "logit_divisor": 4.0, "rope_scaling": "yarn",
+        "rope_scaling_factor": 4.0, "rope_original_seq_len": 16, "rope_high_freq_factor": 32.0,
+        "rope_attention_factor": 1.2,
+    },
     "remat": {"remat": "dots", "vocab_multiple": 128, "tie_embeddings": True},
 }  # fmt: skip
 CONFIGS = {name: dataclasses.replace(BASE, **changes) for name, changes in GRID.items()}
@@ -51,7 +61,7 @@ def params_of(config, scale=0.2):
     shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
 
     def draw(path, x):
-        ones = jax.tree_util.keystr(path).endswith("['scale']")
+        ones = jax.tree_util.keystr(path).endswith("['scale']") and not config.zero_centred_norm
         return np.asarray(ones + scale * rng.normal(size=x.shape), np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -321,7 +331,7 @@ def test_norm_is_its_formula(kind):
     else:
         expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * scale
         expected = expected + (bias if kind == "layernorm" else 0)
-    norm = transformer.Norm(dataclasses.replace(BASE, norm=kind, norm_eps=eps))
+    norm = block.Norm(dataclasses.replace(BASE, norm=kind, norm_eps=eps))
     close(expected, norm.apply({"params": params}, jnp.asarray(x, jnp.float32)))
     assert norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
@@ -408,21 +418,22 @@ def test_one_device_equals_eight(name, sizes):
     trees_close(expected, jax.tree.map(np.asarray, got))
 
 
-def test_program_does_not_grow_with_depth():
+@pytest.mark.parametrize("kinds", ["", "window,full", "5*window,full", "3*full,nope"])
+def test_program_does_not_grow_with_depth(kinds):
     def length(layers):
-        config = dataclasses.replace(BASE, num_layers=layers, remat="dots")
+        config = dataclasses.replace(BASE, num_layers=layers, remat="dots", layer_kinds=kinds, sliding_window=5)
         params = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
         loss = lambda p: transformer.apply(config, p, *batch(), capture=(2,))[0].sum()  # noqa: E731
         return len(jax.jit(jax.grad(loss)).lower(params).as_text())
 
-    assert length(48) < 1.02 * length(6)
+    assert length(50) < 1.02 * length(14)  # two layers before the captured state, whole periods after it
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"norm": "rms"}, r"model.norm='rms' is not known \(did you mean 'rmsnorm'\?\)"),
-        ({"mlp": "swiglu"}, "model.mlp='swiglu' is not known.*: expected one of gelu, gelu_tanh, relu, silu_gated"),
+        ({"mlp": "swiglu"}, "model.mlp='swiglu' is not known.*: expected one of gelu, gelu_tanh, relu, silu"),
         ({"num_layers": 0}, "model.num_layers=0: expected a number from 1 to"),
         ({"num_kv_heads": 3}, "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
         ({"attention": "flash"}, "model.attention='flash' is not known"),
