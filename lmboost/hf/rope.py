@@ -35,14 +35,18 @@ _FACTORS = {"short_factor": "rope_short_factors", "long_factor": "rope_long_fact
 _NAMES = {"su": "longrope", "default": "default"} | {name: name for name in _NUMBERS}  # Phi-3 began with "su"
 
 
-def read(c: Keys, head_dim: int, theta: str = "rope_theta", fraction: str = "partial_rotary_factor") -> dict[str, Any]:
+def read(
+    c: Keys, head_dim: int, theta: str = "rope_theta", fraction: str = "partial_rotary_factor", by_layer: bool = False
+) -> dict[str, Any]:
     """Fields of a ModelConfig; a UserError where positions are not of a kind that the decoder has.
 
-    theta, fraction: the keys that say so beside `rope_scaling`.
+    Args:
+      theta, fraction: the keys that say so beside `rope_scaling`.
+      by_layer: whether `rope_parameters` may have those of full layers and of others; `read_local` reads the latter.
     """
     where = "rope_scaling" if c["rope_scaling"] else "rope_parameters"
     given = c[where] or {}
-    if set(given) == {"full_attention", "sliding_attention"}:
+    if by_layer and set(given) == {"full_attention", "sliding_attention"}:
         given = given["full_attention"]
     kind = next((given[key] for key in _TYPES if given.get(key)), "default")
     if kind not in _NAMES:
@@ -130,13 +134,16 @@ def write(m: ModelConfig) -> dict[str, Any]:
     return {"rope_theta": m.rope_theta, "rope_scaling": scaling}
 
 
-def read_local(c: Keys) -> float:
-    """The base of layers that have a window, whose positions are not scaled (Gemma 3)."""
+def read_local(c: Keys, default: float) -> float:
+    """The base of layers that have a window, whose positions are not scaled (Gemma 3, OLMo 3).
+
+    default: where `rope_parameters` does not say.
+    """
     given = (c["rope_parameters"] or {}).get("sliding_attention")
     if given is None:
-        return float(c["rope_local_base_freq"])
+        return float(default)
     if next((given[key] for key in _TYPES if given.get(key)), "default") != "default":
         raise c.refuse("rope_parameters", given, "expected the default type in layers that have a window")
-    if not _is_number(given.get("rope_theta")):
-        raise c.refuse("rope_parameters", given, "expected a positive number as rope_theta")
+    if not _is_number(given.get("rope_theta")) or not set(given) <= {"rope_theta", *_TYPES}:
+        raise c.refuse("rope_parameters", given, "expected a positive number as rope_theta, and nothing else")
     return float(given["rope_theta"])

@@ -60,6 +60,10 @@ KEYS = {
         {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
         "'full_attention' is not known",
     ),
+    "rope by two kinds of layers": (
+        {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {"rope_theta": 1e4})},
+        "'full_attention' is not known",
+    ),
     "llama3 without": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "expected 'low_freq_factor' in it"),
     "rope number": ({"rope_scaling": LLAMA3 | {"factor": "8"}}, "'8': expected a positive number as factor"),
     "partial": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0 in this"),
@@ -86,6 +90,11 @@ OTHERS = {
     ),
     "gemma activation": ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
     "gemma types": ("gemma3_text", {"layer_types": ["chunked_attention"] * 26}, "layer_types=.*: expected full_attent"),
+    "gemma local": (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "linear"}}},
+        "rope_parameters=.*: expected the default type in layers that have a window",
+    ),
     "gemma bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
     "gemma window": ("gemma2", {"sliding_window": None}, "sliding_window=None: expected its size, as layers"),
     "smollm3 positions": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=.*: expected 0 or 1 for each"),

@@ -67,6 +67,9 @@ MODELS = {
     "olmo2": ("Olmo2", LLAMA),
     "qwen3-kinds": ("Qwen3", LLAMA | WINDOW | {"head_dim": 16, "max_window_layers": 1}),
     "olmo3": ("Olmo3", DEEP | {"sliding_window": 8}),
+    "olmo3-yarn": (
+        "Olmo3", DEEP | {"sliding_window": 8, "rope_parameters": {"sliding_attention": PLAIN, "full_attention": YARN}},
+    ),
     "smollm3": ("SmolLM3", DEEP | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
     "granite": (
         "Granite",

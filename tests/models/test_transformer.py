@@ -426,7 +426,7 @@ def test_program_does_not_grow_with_depth(kinds):
         loss = lambda p: transformer.apply(config, p, *batch(), capture=(2,))[0].sum()  # noqa: E731
         return len(jax.jit(jax.grad(loss)).lower(params).as_text())
 
-    assert length(50) < 1.02 * length(14)  # two layers before the captured state, whole periods after it
+    assert length(50) < 1.02 * length(26)  # two layers before the captured state, whole periods after it
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,12 @@ _SWITCHES = SWITCHES | BIASED | ANY_WINDOW | {
 _SOFTCAPS = {"attn_logit_softcapping": "attn_softcap", "final_logit_softcapping": "logit_softcap"}
 
 
-def _read_gemma(c: Keys, period: int, **more: Any) -> dict[str, Any]:
+def _read_gemma(c: Keys, period: int, by_layer: bool = False, **more: Any) -> dict[str, Any]:
     """period: layers of which the last is full and the others have a window, where `layer_types` does not say."""
     c.need("hidden_act", None, c["hidden_activation"])
     c.need("hidden_activation", "gelu_pytorch_tanh", None)
     kinds = ["window" if (i + 1) % period else "full" for i in range(c["num_hidden_layers"])]
-    shape, scalar = llama.read_shape(c), c["query_pre_attn_scalar"]
+    shape, scalar = llama.read_shape(c, by_layer), c["query_pre_attn_scalar"]
     out = {"norm_placement": "both", "zero_centred_norm": True, "mlp": "gelu_tanh_gated"}
     out |= {"embed_scale": c["hidden_size"] ** 0.5, "attn_scale": 0.0 if scalar == shape["head_dim"] else scalar**-0.5}
     out |= {ours: float(c[theirs] or 0.0) for theirs, ours in _SOFTCAPS.items()}
@@ -82,7 +82,8 @@ GEMMA2 = _gemma(
 
 def _read_gemma3(c: Keys) -> dict[str, Any]:
     c.need("use_bidirectional_attention", False, None)
-    return _read_gemma(c, c["sliding_window_pattern"], qk_norm="head", rope_local_theta=rope.read_local(c))
+    local = rope.read_local(c, c["rope_local_base_freq"])
+    return _read_gemma(c, c["sliding_window_pattern"], by_layer=True, qk_norm="head", rope_local_theta=local)
 
 
 def _write_gemma3(m: ModelConfig) -> dict[str, Any]:

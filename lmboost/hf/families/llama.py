@@ -68,19 +68,22 @@ def layer_types(m: ModelConfig) -> list[str]:
     return [names[kind] for kind in m.kinds]
 
 
-def _read_llama(c: Keys, **more: Any) -> dict[str, Any]:
+def _read_llama(c: Keys, by_layer: bool = False, **more: Any) -> dict[str, Any]:
     c.need("hidden_act", "silu", "swish")
-    fields = read_shape(c)
+    fields = read_shape(c, by_layer)
     if fields["rope_fraction"] != 1.0:
         raise c.refuse("partial_rotary_factor", fields["rope_fraction"], "expected 1.0 in this architecture")
     return fields | more
 
 
-def read_shape(c: Keys) -> dict[str, Any]:
-    """Heads and rotary positions."""
+def read_shape(c: Keys, by_layer: bool = False) -> dict[str, Any]:
+    """Heads and rotary positions; `by_layer` as in `rope.read`."""
     heads = c["num_attention_heads"]
     head_dim = c["head_dim"] or c["hidden_size"] // heads
-    return rope.read(c, head_dim) | {"num_kv_heads": c["num_key_value_heads"] or heads, "head_dim": head_dim}
+    return rope.read(c, head_dim, by_layer=by_layer) | {
+        "num_kv_heads": c["num_key_value_heads"] or heads,
+        "head_dim": head_dim,
+    }
 
 
 def _write_llama(m: ModelConfig, **more: Any) -> dict[str, Any]:
@@ -187,18 +190,25 @@ def _read_olmo(c: Keys, **more: Any) -> dict[str, Any]:
 def _read_olmo3(c: Keys) -> dict[str, Any]:
     layers = c["num_hidden_layers"]
     fields = windows(c, read_kinds(c, ["full" if (i + 1) % 4 == 0 else "window" for i in range(layers)]))
-    fields = _read_olmo(c, **fields)
-    return fields | {"rope_local_theta": _olmo3_local_theta(ModelConfig(**fields))}
+    fields = _read_olmo(c, by_layer=True, **fields)
+    local, plain = rope.read_local(c, fields["rope_theta"]), "rope_scaling" not in fields
+    same = not fields["sliding_window"] or (plain and local == fields["rope_theta"])
+    return fields | {"rope_local_theta": 0.0 if same else local}
 
 
 def _olmo3_local_theta(m: ModelConfig) -> float:
     """Positions are not scaled in layers that have a window."""
-    return m.rope_theta if m.sliding_window and m.rope_scaling_factor != 1.0 else 0.0
+    scaled = m.sliding_window and m.scales_positions
+    return m.rope_local_theta or (m.rope_theta if scaled else 0.0)
 
 
 def _write_olmo3(m: ModelConfig) -> dict[str, Any]:
-    window = {"sliding_window": m.sliding_window or None, "layer_types": layer_types(m)}
-    return _write_llama(m, attention_bias=m.qkv_bias, **window)
+    """The newer keys, too: transformers 5 has a base of its own for windows where there are the older ones alone."""
+    fields = _write_llama(m, attention_bias=m.qkv_bias, sliding_window=m.sliding_window or None)
+    full = {"rope_type": "default"} | (fields["rope_scaling"] or {}) | {"rope_theta": m.rope_theta}
+    local = {"rope_type": "default", "rope_theta": m.rope_local_theta or m.rope_theta}
+    positions = {"full_attention": full, "sliding_attention": local}
+    return fields | {"layer_types": layer_types(m), "rope_parameters": positions}
 
 
 OLMO2 = _llama_like(
@@ -215,7 +225,7 @@ OLMO2 = _llama_like(
 OLMO3 = _llama_like(
     architecture="Olmo3ForCausalLM",
     model_type="olmo3",
-    keys=_OLMO_KEYS | {"sliding_window": 4096, "layer_types": None},
+    keys=_OLMO_KEYS | {"sliding_window": 4096, "layer_types": None, "rope_theta": 500000.0},
     read=_read_olmo3,
     write=_write_olmo3,
     switches=_OLMO_SWITCHES | ANY_WINDOW | {"layer_kinds": patterns("full", "window"), "rope_local_theta": ANYTHING},
