@@ -7,6 +7,7 @@ import pytest
 
 from lmboost.errors import UserError
 from lmboost.hf import config_json, writer
+from lmboost.hf.families import GEMMA3
 from lmboost.models.presets import preset
 from tests import hub
 
@@ -219,3 +220,10 @@ def test_what_no_architecture_computes_is_named(name):
     changes, message = MISFITS[name]
     with pytest.raises(UserError, match=message):
         writer.family_of(dataclasses.replace(hub.LLAMA, **changes))
+
+
+def test_windows_whose_positions_are_scaled_are_no_gemma_3():
+    changes = GEMMA | {"qk_norm": "head", "rope_scaling": "linear", "rope_scaling_factor": 8.0}
+    model = dataclasses.replace(hub.LLAMA, **changes)
+    assert GEMMA3.misfits(model) == ["rope_local_theta=0.0 (expected 10000.0)"]
+    assert not GEMMA3.misfits(dataclasses.replace(model, rope_local_theta=10000.0))

@@ -36,6 +36,13 @@ def oracle(q, k, v, segment_ids, rule=PLAIN):
     return out
 
 
+def test_a_soft_cap_is_not_for_cudnn():
+    resolve_ = functools.partial(resolve, platform="gpu", seq_len=1024, head_dims=[64], dtype="bfloat16")
+    assert resolve_("auto") == resolve_("cudnn") == "cudnn" and resolve_("auto", softcap=True) == "xla"
+    with pytest.raises(UserError, match="attention='cudnn' needs .*no attn_softcap; here: .*1024, attn_softcap"):
+        resolve_("cudnn", softcap=True)
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize("implementation", ["xla", "auto", "splash_interpret"])
 def test_equals_the_dense_oracle(implementation, heads, kv_heads):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from lmboost import flops
+from lmboost.config import base
 from lmboost.errors import UserError
 from lmboost.models import layer_kinds, transformer
 from lmboost.models.block import Block
-from lmboost.surgery import importance, inherit
+from lmboost.search import notation
+from lmboost.surgery import importance, inherit, subnet, view
 from tests.models.test_transformer import BASE, apply, batch, cached, close, params_of
 
 MIXED = dataclasses.replace(
@@ -133,6 +135,16 @@ def test_importance_is_measured_layer_by_layer():
     cosine = lambda a, b: (a * b).sum(-1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)  # noqa: E731
     expected = [jnp.sum(1 - cosine(a, b)) for a, b in zip(states, states[1:], strict=False)]
     close(found["layers"], np.array(expected), 1e-4)
+
+
+def test_a_cut_of_it_can_be_made_but_not_searched():
+    cut = subnet.first_entries(MIXED, dataclasses.replace(MIXED, num_layers=3, mlp_dim=16), (1, 2, 3))
+    assert subnet.child_config(MIXED, cut).kinds == ("window", "full", "nope")
+    sizes = dict.fromkeys(("num_layers", "d_model", "num_kv_heads", "group_heads", "head_dim", "mlp_dim"), 2)
+    with pytest.raises(UserError, match=r"layer_kinds='2\*window,full,nope' can't be searched"):
+        view.hull_config(MIXED, sizes)
+    with pytest.raises(UserError, match=r"layers of several kinds \(layer_kinds='2\*window,full,nope'\)"):
+        notation.read_choices(base().search, MIXED)
 
 
 def test_layers_that_are_inherited_keep_their_kinds():

@@ -376,6 +376,16 @@ def test_padded_vocabulary_only_adds_rows(tied):
     np.testing.assert_array_equal(transformer.head(cut), transformer.head(params)[:, :97])
 
 
+def test_zero_centred_norms_begin_as_others_do():
+    """Their scales are zeros, and the model computes what one with ones does."""
+    config = dataclasses.replace(CONFIGS["gemma"], num_layers=1)
+    params = transformer.init(config, jax.random.key(0))
+    scales = [x for keys, x in jax.tree_util.tree_leaves_with_path(params) if "scale" in str(keys)]
+    assert len(scales) == 7 and not any(x.any() for x in scales)
+    others = transformer.init(plain := dataclasses.replace(config, zero_centred_norm=False), jax.random.key(0))
+    np.testing.assert_array_equal(apply(config, params, *batch())[0], apply(plain, others, *batch())[0])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "smollm2-135m"])
 def test_initial_scale(name):
     """Weights start at init_std; what writes to the residual stream at init_std / sqrt(2 L)."""

@@ -82,8 +82,8 @@ GEMMA2 = _gemma(
 
 def _read_gemma3(c: Keys) -> dict[str, Any]:
     c.need("use_bidirectional_attention", False, None)
-    local = rope.read_local(c, c["rope_local_base_freq"])
-    return _read_gemma(c, c["sliding_window_pattern"], by_layer=True, qk_norm="head", rope_local_theta=local)
+    fields = _read_gemma(c, c["sliding_window_pattern"], by_layer=True, qk_norm="head")
+    return fields | llama.read_local_theta(c, fields, c["rope_local_base_freq"])
 
 
 def _write_gemma3(m: ModelConfig) -> dict[str, Any]:
@@ -102,5 +102,5 @@ GEMMA3 = _gemma(
     read=_read_gemma3,
     write=_write_gemma3,
     switches=_SWITCHES | {"qk_norm": ("head",), "rope_local_theta": ANYTHING},
-    follows=_WIDTH,
+    follows=_WIDTH | {"rope_local_theta": llama.needed_local_theta},
 )  # fmt: skip

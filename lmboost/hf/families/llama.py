@@ -4,7 +4,7 @@ Mistral, Qwen2, Qwen3, OLMo-2, OLMo 3, SmolLM3, Phi-3 (and Phi-4-mini), Granite;
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmboost.hf import rope
@@ -60,6 +60,21 @@ def windows(c: Keys, kinds: Sequence[str]) -> dict[str, Any]:
     if set(kinds) == {"full"}:
         return {"sliding_window": 0}
     return {"sliding_window": window, "layer_kinds": "" if set(kinds) == {"window"} else layer_kinds.write(kinds)}
+
+
+def read_local_theta(c: Keys, fields: Mapping[str, Any], default: float) -> dict[str, float]:
+    """The base of windowed layers, whose positions are never scaled in some families; 0 where it says nothing new.
+
+    fields: of the model otherwise.
+    """
+    local = rope.read_local(c, default)
+    as_others = "rope_scaling" not in fields and local == fields["rope_theta"]
+    return {"rope_local_theta": 0.0 if as_others or not fields["sliding_window"] else local}
+
+
+def needed_local_theta(m: ModelConfig) -> float:
+    """What `rope_local_theta` is in a model of such a family: its own, where others are scaled."""
+    return m.rope_local_theta or (m.rope_theta if m.sliding_window and m.scales_positions else 0.0)
 
 
 def layer_types(m: ModelConfig) -> list[str]:
@@ -191,15 +206,7 @@ def _read_olmo3(c: Keys) -> dict[str, Any]:
     layers = c["num_hidden_layers"]
     fields = windows(c, read_kinds(c, ["full" if (i + 1) % 4 == 0 else "window" for i in range(layers)]))
     fields = _read_olmo(c, by_layer=True, **fields)
-    local, plain = rope.read_local(c, fields["rope_theta"]), "rope_scaling" not in fields
-    same = not fields["sliding_window"] or (plain and local == fields["rope_theta"])
-    return fields | {"rope_local_theta": 0.0 if same else local}
-
-
-def _olmo3_local_theta(m: ModelConfig) -> float:
-    """Positions are not scaled in layers that have a window."""
-    scaled = m.sliding_window and m.scales_positions
-    return m.rope_local_theta or (m.rope_theta if scaled else 0.0)
+    return fields | read_local_theta(c, fields, fields["rope_theta"])
 
 
 def _write_olmo3(m: ModelConfig) -> dict[str, Any]:
@@ -230,7 +237,7 @@ OLMO3 = _llama_like(
     write=_write_olmo3,
     switches=_OLMO_SWITCHES | ANY_WINDOW | {"layer_kinds": patterns("full", "window"), "rope_local_theta": ANYTHING},
     equal=_EQUAL,
-    follows={"rope_local_theta": _olmo3_local_theta},
+    follows={"rope_local_theta": needed_local_theta},
     tensors=tensors("post_attention_layernorm", "post_feedforward_layernorm"),
 )
 
