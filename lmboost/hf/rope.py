@@ -86,14 +86,10 @@ def _scaling(c: Keys, where: str, kind: str, rope: Mapping[str, Any], lists: Map
     if kind in ("yarn", "longrope"):
         numbers.setdefault("factor", length / numbers[_ORIGINAL])
     if kind == "yarn":
-        numbers = {
-            "beta_slow": 1.0,
-            "beta_fast": 32.0,
-            "attention_factor": _mscale(numbers.get("factor", 1.0)),
-        } | numbers
+        numbers = {"beta_slow": 1.0, "beta_fast": 32.0, "attention_factor": _mscale(numbers["factor"])} | numbers
     if kind == "longrope":
         s = numbers["factor"]
-        of_paper = math.sqrt(1 + math.log(s) / math.log(numbers[_ORIGINAL])) if s > 1 else 1.0
+        of_paper = math.sqrt(1 + math.log(s) / math.log(numbers[_ORIGINAL])) if min(s, numbers[_ORIGINAL]) > 1 else 1.0
         numbers.setdefault("attention_factor", of_paper)
     if missing := [key for key in (*_NUMBERS[kind], *_FACTORS) if key not in {*numbers, *lists}]:
         if missing[0] in _NUMBERS[kind] or kind == "longrope":
@@ -102,8 +98,8 @@ def _scaling(c: Keys, where: str, kind: str, rope: Mapping[str, Any], lists: Map
         if not isinstance(value, list) or not value or not all(map(_is_number, value)):
             raise c.refuse(where, value, f"expected a list of positive numbers as {key}")
     out = {"rope_scaling": kind} | {ours: float(numbers[theirs]) for theirs, ours in _NUMBERS[kind].items()}
-    if "rope_original_seq_len" in out:
-        out["rope_original_seq_len"] = int(out["rope_original_seq_len"])
+    if kind != "linear":  # "dynamic" has no number of its own for it
+        out["rope_original_seq_len"] = int(numbers.get(_ORIGINAL, length))
     return out | {_FACTORS[key]: ",".join(repr(float(x)) for x in value) for key, value in lists.items()}
 
 
@@ -131,7 +127,8 @@ def write(m: ModelConfig) -> dict[str, Any]:
     scaling |= {theirs: getattr(m, ours) for theirs, ours in _NUMBERS[m.rope_scaling].items()}
     if m.rope_scaling == "longrope":
         scaling |= {theirs: [float(x) for x in getattr(m, ours).split(",")] for theirs, ours in _FACTORS.items()}
-    return {"rope_theta": m.rope_theta, "rope_scaling": scaling}
+    out = {"rope_theta": m.rope_theta, "rope_scaling": scaling}
+    return out | ({"max_position_embeddings": m.rope_original_seq_len} if m.rope_scaling == "dynamic" else {})
 
 
 def read_local(c: Keys, default: float) -> float:

@@ -307,6 +307,8 @@ class ModelConfig:
                 f"{field}.rope_scaling='dynamic' needs heads of which at least 4 features are rotated; here: "
                 f"{2 * min(pairs)}. Choose larger heads, or 'linear'."
             )
+        if self.rope_scaling == "yarn" and self.rope_theta <= 1:
+            raise UserError(f"{field}.rope_theta={self.rope_theta} with rope_scaling='yarn': expected more than 1.")
         if self.rope_scaling != "longrope":
             return
         for name in ("rope_short_factors", "rope_long_factors"):

@@ -42,7 +42,7 @@ def frequencies(config: ModelConfig, longest=None) -> jax.Array:
     Scalings, by a factor s beyond an original length:
       llama3    wavelengths beyond that length are stretched by s, short ones kept, blended between (Llama 3.1).
       linear    all are stretched by s (arXiv 2306.15595).
-      dynamic   the base grows with the sequence, once that is longer than `max_seq_len` (NTK-aware).
+      dynamic   the base grows with the sequence, once that is longer (NTK-aware).
       yarn      stretched from one pair of features on, kept up to another, blended between (arXiv 2309.00071,
                 section 3.2; as in transformers by the pairs' numbers, which are rounded outwards).
       longrope  each is divided by a factor of its own, of which longer sequences have others (arXiv 2402.13753).
@@ -59,7 +59,8 @@ def frequencies(config: ModelConfig, longest=None) -> jax.Array:
     if config.rope_scaling == "linear":
         return freq / s
     if config.rope_scaling == "dynamic":
-        grown = jnp.maximum(jnp.asarray(longest, jnp.float32), config.max_seq_len) * (s / config.max_seq_len) - (s - 1)
+        original = config.rope_original_seq_len
+        grown = jnp.maximum(jnp.asarray(longest, jnp.float32), original) * (s / original) - (s - 1)
         base = config.rope_theta * grown ** (dim / (dim - 2))
         return base[..., None] ** exponents
     if config.rope_scaling == "longrope":

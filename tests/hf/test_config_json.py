@@ -91,6 +91,7 @@ OTHERS = {
     ),
     "gemma activation": ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
     "gemma types": ("gemma3_text", {"layer_types": ["chunked_attention"] * 26}, "layer_types=.*: expected full_attent"),
+    "gemma partial": ("gemma2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0 in this"),
     "gemma local": (
         "gemma3_text",
         {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "linear"}}},

@@ -12,7 +12,7 @@ import pytest
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models import block, model_config, rope, transformer
+from lmboost.models import block, model_config, transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import PRESETS, tiny
 
@@ -236,83 +236,6 @@ def test_remat_recomputes_what_it_says():
     dense = 6 + (BASE.mlp == "silu_gated")
     assert products("dots") == products("none") + 2  # attention's own two
     assert products("full") == products("dots") + dense - 1  # nothing needs the last one's output
-
-
-# Rotary positions
-
-
-def rope_config(**changes):
-    return dataclasses.replace(BASE, head_dim=16, **changes)
-
-
-def test_rope_depends_on_distance_only():
-    config = rope_config()
-    rng = np.random.default_rng(0)
-    q, k = (np.broadcast_to(rng.normal(size=(1, 1, 1, 16)), (1, 9, 1, 16)).astype(np.float32) for _ in range(2))
-
-    def scores(shift):
-        positions = jnp.arange(9)[None] + shift
-        q2, k2 = (rope.apply(jnp.asarray(x), positions, config)[0, :, 0] for x in (q, k))
-        return q2 @ k2.T
-
-    close(scores(0), scores(100), 1e-4)
-    for distance in range(-8, 9):  # the score is constant along each diagonal
-        diagonal = np.diagonal(scores(0), distance)
-        close(diagonal, np.full_like(diagonal, diagonal[0]), 1e-4)
-    assert np.std(scores(0)) > 0.1
-
-
-def test_rope_keeps_norms_and_position_zero():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
-    y = rope.apply(x, jnp.arange(5)[None].repeat(2, 0), rope_config())
-    close(jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(y, axis=-1))
-    close(x[:, 0], y[:, 0])
-
-
-def test_rope_against_complex_numbers():
-    config, x = rope_config(rope_theta=500.0), np.random.default_rng(0).normal(size=(1, 7, 2, 16))
-    turn = np.exp(1j * np.outer(np.arange(7), 500.0 ** (-np.arange(0, 16, 2) / 16)))[None, :, None]
-    z = (x[..., :8] + 1j * x[..., 8:]) * turn
-    got = rope.apply(jnp.asarray(x, jnp.float32), jnp.arange(7)[None], config)
-    close(np.concatenate([z.real, z.imag], -1), got)
-
-
-def test_a_fraction_of_rope_is_rope_of_the_first_features():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
-    positions = jnp.arange(5)[None].repeat(2, 0)
-    part = rope.apply(x, positions, rope_config(rope_fraction=0.25))
-    np.testing.assert_array_equal(part[..., 4:], x[..., 4:])
-    close(part[..., :4], rope.apply(x[..., :4], positions, dataclasses.replace(BASE, head_dim=4)))
-
-
-def llama3_frequencies(dim, theta, factor, low, high, original):
-    """Case by case, as in the Llama 3.1 release."""
-    out = []
-    for i in range(0, dim, 2):
-        frequency = theta ** (-i / dim)
-        wavelength = 2 * math.pi / frequency
-        if wavelength < original / high:
-            out.append(frequency)
-        elif wavelength > original / low:
-            out.append(frequency / factor)
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            out.append((1 - smooth) * frequency / factor + smooth * frequency)
-    return np.array(out)
-
-
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "smollm2-135m", "pythia-1b"])
-def test_rope_frequencies(name):
-    c = PRESETS[name]
-    expected = llama3_frequencies(
-        c.rotary_dim, c.rope_theta, c.rope_scaling_factor,
-        c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_original_seq_len,
-    )  # fmt: skip
-    np.testing.assert_allclose(rope.frequencies(c), expected, rtol=1e-5)
-    if name == "llama-3.2-1b":
-        plain = rope.frequencies(dataclasses.replace(c, rope_scaling_factor=1.0))
-        ratio = np.asarray(rope.frequencies(c) / plain)
-        assert ratio[0] == 1.0 and np.isclose(ratio[-1], 1 / 32) and ((ratio > 1 / 31) & (ratio < 0.99)).any()
 
 
 # Norms, scaling, precision, vocabulary

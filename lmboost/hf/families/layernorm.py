@@ -134,10 +134,9 @@ def _write_neox(m: ModelConfig) -> dict[str, Any]:
     return {
         "hidden_act": ACTIVATION_NAMES[m.mlp],
         "attention_bias": m.qkv_bias,
-        "rotary_emb_base": positions["rope_theta"],
+        "rotary_emb_base": positions.pop("rope_theta"),
         "rotary_pct": m.rope_fraction if exact else (m.rotary_dim + 0.5) / m.head_dim,
-        "rope_scaling": positions["rope_scaling"],
-    }
+    } | positions
 
 
 _NEOX_LAYER = "gpt_neox.layers.*."

@@ -83,22 +83,19 @@ def layer_types(m: ModelConfig) -> list[str]:
     return [names[kind] for kind in m.kinds]
 
 
-def _read_llama(c: Keys, by_layer: bool = False, **more: Any) -> dict[str, Any]:
-    c.need("hidden_act", "silu", "swish")
-    fields = read_shape(c, by_layer)
-    if fields["rope_fraction"] != 1.0:
-        raise c.refuse("partial_rotary_factor", fields["rope_fraction"], "expected 1.0 in this architecture")
-    return fields | more
-
-
-def read_shape(c: Keys, by_layer: bool = False) -> dict[str, Any]:
-    """Heads and rotary positions; `by_layer` as in `rope.read`."""
+def read_shape(c: Keys, by_layer: bool = False, partial: bool = False) -> dict[str, Any]:
+    """Heads and rotary positions; `by_layer` as in `rope.read`, `partial`: of some features of a head alone."""
     heads = c["num_attention_heads"]
     head_dim = c["head_dim"] or c["hidden_size"] // heads
-    return rope.read(c, head_dim, by_layer=by_layer) | {
-        "num_kv_heads": c["num_key_value_heads"] or heads,
-        "head_dim": head_dim,
-    }
+    fields = rope.read(c, head_dim, by_layer=by_layer)
+    if fields["rope_fraction"] != 1.0 and not partial:
+        raise c.refuse("partial_rotary_factor", fields["rope_fraction"], "expected 1.0 in this architecture")
+    return fields | {"num_kv_heads": c["num_key_value_heads"] or heads, "head_dim": head_dim}
+
+
+def _read_llama(c: Keys, by_layer: bool = False, **more: Any) -> dict[str, Any]:
+    c.need("hidden_act", "silu", "swish")
+    return read_shape(c, by_layer) | more
 
 
 def _write_llama(m: ModelConfig, **more: Any) -> dict[str, Any]:
@@ -296,7 +293,7 @@ def _read_phi3(c: Keys) -> dict[str, Any]:
     c.need("attention_bias", False)
     c.need("full_attn_mod", None, 1)
     c.need("interpolate_factor", None, 1)
-    return read_shape(c) | {"sliding_window": c["sliding_window"] or 0}
+    return read_shape(c, partial=True) | {"sliding_window": c["sliding_window"] or 0}
 
 
 def _write_phi3(m: ModelConfig) -> dict[str, Any]:
