@@ -153,7 +153,7 @@ def make_eval_step(student: ModelConfig, block_tokens: int) -> Callable[[Any, Ba
 
     def step_fn(params, batch):
         h, _ = _forward(student, params, batch)
-        head = Head(transformer.head(params), student.vocab_size)
+        head = Head.of(student, params)
         sums = blend(h, head, batch["targets"], batch["weights"], block_tokens=block_tokens)
         return sums.ce, sums.count
 
@@ -193,7 +193,7 @@ def _soft_targets(program: Program, helpers: Mapping[str, Any], batch: Batch, h_
     if program.known:
         names = ("soft_ids", "soft_values", "soft_rest", "teacher_loss")
         return CachedTargets(*(batch[name] for name in names), program.known.labels, kd)
-    return SoftTargets(h_teacher, transformer.head(helpers["teacher"]), program.teacher.vocab_size, kd)
+    return SoftTargets.of(h_teacher, Head.of(program.teacher, helpers["teacher"]), kd)
 
 
 def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], batch: Batch, step, helping):
@@ -211,7 +211,7 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
         kd = helping["kd"]
         coefficients = Coefficients(1.0 - kd if objective.ce_weight < 0 else objective.ce_weight, kd, objective.z_loss)
         soft = _soft_targets(program, helpers, batch, h_teacher)
-    head = Head(transformer.head(params["model"]), student.vocab_size)
+    head = Head.of(student, params["model"])
     sums = blend(
         h, head, batch["targets"], weights, coefficients, soft,
         block_tokens=objective.block_tokens, scatter=objective.scatter_head,
@@ -235,7 +235,7 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
 
 def _teacher_loss(program: Program, params, h_teacher, batch: Batch) -> jax.Array:
     """The sum of the teacher's cross-entropy on the labels."""
-    head, block_tokens = Head(transformer.head(params), program.teacher.vocab_size), program.objective.block_tokens
+    head, block_tokens = Head.of(program.teacher, params), program.objective.block_tokens
     return blend(h_teacher, head, batch["targets"], batch["weights"], block_tokens=block_tokens).ce
 
 
@@ -331,7 +331,7 @@ def _select(program: Program, params, candidates: Batch) -> tuple[dict[str, jax.
 
     def score(part):
         h, _ = _forward(scorer, params, part)
-        head = Head(transformer.head(params), scorer.vocab_size)
+        head = Head.of(scorer, params)
         return select.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens)
 
     if program.known:

@@ -64,7 +64,8 @@ class Inheritance:
         """The child's layers, those that are silent with zeros wherever they give to the residual stream."""
         if not self.silent:
             return layers
-        norms = ("attn_norm/bias", "mlp_norm/bias") if self.child.norm_placement == "post" else ()
+        norms = {"post": ("attn_norm/bias", "mlp_norm/bias"), "both": ("attn_post_norm/bias", "mlp_post_norm/bias")}
+        norms = norms.get(self.child.norm_placement, ())
 
         def silenced(segment: Segment, stack: Any) -> Any:
             keep = np.array([layer not in self.silent for layer in range(segment.start, segment.stop)])
@@ -144,8 +145,9 @@ def _plan(
 
 
 def of_layers(parent: ModelConfig, layers: Sequence[int]) -> ModelConfig:
-    """The model that some layers of a parent make, with the sizes that these have."""
-    return parent.with_sizes([parent.sizes[layer] for layer in layers])
+    """The model that some layers of a parent make, with the sizes and kinds that these have."""
+    sizes, kinds = parent.sizes, parent.kinds
+    return parent.with_layers([sizes[layer] for layer in layers], [kinds[layer] for layer in layers])
 
 
 def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:

@@ -17,6 +17,10 @@ from tests.compare import assert_same
 PARENTS = {name: tiny(preset(name), 6) for name in ("gpt2", "pythia-70m", "smollm2-135m", "openllama-3b")}
 SIZES = "2*4/2/16/128,2*2/1/16/96,2*4/2/8/64"
 PARENTS["unequal"] = dataclasses.replace(PARENTS["smollm2-135m"], layer_sizes=SIZES)
+PARENTS["gemma"] = dataclasses.replace(
+    PARENTS["smollm2-135m"], layer_kinds="window,full", sliding_window=4, rope_local_theta=50.0, norm_placement="both",
+    zero_centred_norm=True, embed_scale=8.0, residual_scale=0.5, attn_softcap=2.0,
+)  # fmt: skip
 parents = pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS.keys())
 FIELDS = ("kind", "layers", "fresh")
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
