@@ -56,6 +56,9 @@ def base() -> ConfigDict:
     # of the vocabulary stay in teacher.dtype. Needs qwix: pip install "lmboost[int8]"
     teacher.quantize = "none"
     teacher.random = False  # replace its parameters by random ones: a control, not a method
+    # Tokens of its rows, where its tokenizer is another one than the data's: it then reads the same bytes in its own
+    # tokens. 0 is as many as the data's first rows have
+    teacher.seq_len = 0
     teacher.targets = ""  # a directory by lmboost.score: what the helpers say is read from there, and no helper needed
 
     c.objective = objective = ConfigDict()
@@ -70,8 +73,10 @@ def base() -> ConfigDict:
     objective.kd = kd = ConfigDict()
     kd.weight = 0.0  # w; 0 is off
     kd.ce_weight = -1.0  # weight of ce beside it; -1 is 1 - w
+    # With a teacher of another tokenizer, which has no distribution over the student's tokens, kd compares the
+    # likelihoods of chunks of text (ALM, arXiv 2503.20083): then take temperature=100 and temperature_on="both".
     kd.temperature = 1.0
-    kd.temperature_on = "teacher"  # or "both": both sides, the term times temperature^2
+    kd.temperature_on = "teacher"  # or "both": both sides, the term times temperature^2 (of chunks, temperature)
     kd.divergence = "forward"  # KL(teacher || student); "reverse"; "hard": the teacher's best token as label
     kd.top_k = 0  # keep the teacher's k best tokens; 0 is all
     kd.top_p = 1.0  # keep the fewest tokens that hold this probability; 1 is all
