@@ -104,11 +104,11 @@ def _retokenizer(saved: Saved, data: DataInfo, path: str, name: str, seq_len: in
     """What makes the rows of a helper with the tokenizer in `path`; says what is measured on the data's first rows."""
     where = f"{saved.field}={saved.path!r}"
     saved.model.check_positions(own_seq_len, "teacher.seq_len", f"the model of {where}")
-    for field, each in (("data.train", data.tokenizer_path), (where, path)):
+    for each, remedy in ((data.tokenizer_path, "Prepare the data with the model's."), (path, "Choose another model.")):
         try:
             bytes_of.load(each)
         except UserError as error:
-            raise UserError(f"{field} has another tokenizer than its helper or its data, and {error}") from error
+            raise UserError(f"{where} has another tokenizer than the data, but {error} {remedy}") from error
     found = retokenize.measure(_first_rows(data, seq_len), data.tokenizer_path, path)
     if found.same < 0.5:
         raise UserError(

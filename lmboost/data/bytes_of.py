@@ -79,7 +79,7 @@ def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
         found = ", ".join([str(model.get("type")), *sorted(kinds), *marks])
         raise UserError(
             f"tokenizer {tokenizer.path} does not say which bytes its tokens are (it has {found}): expected byte-level "
-            "BPE, or tokens with U+2581 for a space. Choose a model with such a tokenizer."
+            "BPE, or tokens with U+2581 for a space."
         )
     added = {token["content"] for token in file.get("added_tokens", ())}
     in_model = {piece[0] if isinstance(piece, list) else piece for piece in model.get("vocab", ())}

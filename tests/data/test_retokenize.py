@@ -282,3 +282,6 @@ def test_unknown_characters_and_added_tokens(tmp_path):
     pieces = bytes_of.load(str(tmp_path))
     ids = pieces.tokenizer.encode("a a\u00e9<\u2581x>a")
     assert pieces.join(ids).decode() == "a a\ufffd<\u2581x>a" and pieces.unknown == 0 and not pieces.puts_space
+    (record,) = records.cut([ids], len(ids))
+    found = retokenize.measure([windows.window(record, 0, len(ids))], str(tmp_path), str(tmp_path))
+    assert found.unknown == 1 and found.ratio == 1 and found.same == 1, "U+FFFD has no token either"
