@@ -126,7 +126,9 @@ def compare(own: Tokens, other: Tokens, changed: Sequence[tuple[int, int]]) -> M
     index = np.searchsorted(other.ends, own.ends, "right") - 1
     there = index >= 0
     there[there] = other.segments[index[there]] == own.segments[there]
-    shared = np.intersect1d(own.ends, other.ends[other.exact])
+    # Both are in order, so no sorting is needed to find what is in both.
+    ends, theirs = own.ends[np.diff(own.ends, prepend=-1) > 0], other.ends[other.exact]
+    shared = ends[np.searchsorted(theirs, ends, "left") < np.searchsorted(theirs, ends, "right")]
     segments = own.segments[np.searchsorted(own.ends, shared)]
     closes = np.concatenate([np.zeros(min(len(shared), 1), bool), segments[1:] == segments[:-1]])
     begins = np.concatenate([shared[:1], shared[:-1]])
@@ -163,12 +165,17 @@ class Retokenizer:
             there is none, or its place is beyond a row that was cut.
           chunks, own_chunks: int32 [B, T] and [B, U]; of each target the number of its chunk in the row, from 1, or 0.
         """
+        batch = self.padded(batch_size, seq_len)
+        for row, both in enumerate(self.read(windows)):
+            _fill({name.removeprefix(f"{self.name}_"): value[row] for name, value in batch.items()}, *both)
+        return batch
+
+    def padded(self, batch_size: int, seq_len: int) -> Batch:
+        """As `rows`, of no window at all."""
         whole, theirs = (batch_size, seq_len), (batch_size, self.seq_len)
         batch = {name: np.zeros(theirs, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
         batch |= {"own_chunks": np.zeros(theirs, np.int32), "chunks": np.zeros(whole, np.int32)}
         batch |= {"index": np.full(whole, -1, np.int32), "weights": np.zeros(theirs, np.float32)}
-        for row, both in enumerate(self.read(windows)):
-            _fill({name: value[row] for name, value in batch.items()}, *both)
         return {f"{self.name}_{name}": value for name, value in batch.items()}
 
     def read(self, windows: Sequence[Window]) -> list[tuple[Tokens, Tokens, list[tuple[int, int]]]]:
