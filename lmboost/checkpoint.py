@@ -187,8 +187,7 @@ class Saved:
 
     def _disagreement(self, data: loader.DataInfo) -> str | None:
         """What of the data's tokens is another one to the model; None where only tokens differ that no text has."""
-        path = self._tokenizer_beside() or self._tokenizer_of_data()
-        if not path:
+        if not (path := self.tokenizer_path):
             return "the model's own is not there to compare them"
         own = tokenizers.load(path)
         if own.fingerprint != self.tokenizer_fingerprint:
@@ -201,8 +200,7 @@ class Saved:
         given: what the user gave as `field`, a path for `tokenizer.load`. Empty: the file beside the checkpoint or in
           the run that it lies in, else the one of the data that the model was trained on.
         """
-        path = os.path.expanduser(given) or self._tokenizer_beside() or self._tokenizer_of_data()
-        if not path:
+        if not (path := os.path.expanduser(given) or self.tokenizer_path):
             raise UserError(
                 f"{field} is empty, and no tokenizer was found: neither {' nor '.join(tokenizers.FILE_NAMES.values())} "
                 f"lies beside the model in {self.directory}, nor is the data there that it was trained on. Give the "
@@ -222,6 +220,11 @@ class Saved:
         if reader.is_directory(self.directory):  # whose files say what ends a text, wherever the tokenizer lies
             found.end_also(special_tokens.ends(self.directory))
         return found
+
+    @property
+    def tokenizer_path(self) -> epath.Path | str | None:
+        """Where the model's tokenizer is to be found: beside it, or in the data that it was trained on."""
+        return self._tokenizer_beside() or self._tokenizer_of_data()
 
     def _tokenizer_beside(self) -> epath.Path | None:
         if "://" in str(self.directory):

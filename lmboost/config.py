@@ -49,13 +49,16 @@ def base() -> ConfigDict:
     init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)
 
     c.teacher = teacher = ConfigDict()
-    teacher.path = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub
+    teacher.path = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub; of any tokenizer
     teacher.step = -1  # of a run: which checkpoint; -1 is the last
     teacher.dtype = "bfloat16"  # of its parameters and compute
     # "int8" or "float8": its layers multiply numbers of 8 bits, with a scale for each token and for each output; those
     # of the vocabulary stay in teacher.dtype. Needs qwix: pip install "lmboost[int8]"
     teacher.quantize = "none"
     teacher.random = False  # replace its parameters by random ones: a control, not a method
+    # Tokens of its rows, where its tokenizer is another one than the data's: it then reads the same bytes in its own
+    # tokens. 0 is as many as the data's first rows have
+    teacher.seq_len = 0
     teacher.targets = ""  # a directory by lmboost.score: what the helpers say is read from there, and no helper needed
 
     c.objective = objective = ConfigDict()
@@ -70,8 +73,10 @@ def base() -> ConfigDict:
     objective.kd = kd = ConfigDict()
     kd.weight = 0.0  # w; 0 is off
     kd.ce_weight = -1.0  # weight of ce beside it; -1 is 1 - w
+    # With a teacher of another tokenizer, which has no distribution over the student's tokens, kd compares the
+    # likelihoods of chunks of text (ALM, arXiv 2503.20083): then take temperature=100 and temperature_on="both".
     kd.temperature = 1.0
-    kd.temperature_on = "teacher"  # or "both": both sides, the term times temperature^2
+    kd.temperature_on = "teacher"  # or "both": both sides, the term times temperature^2 (of chunks, temperature)
     kd.divergence = "forward"  # KL(teacher || student); "reverse"; "hard": the teacher's best token as label
     kd.top_k = 0  # keep the teacher's k best tokens; 0 is all
     kd.top_p = 1.0  # keep the fewest tokens that hold this probability; 1 is all
@@ -93,6 +98,7 @@ def base() -> ConfigDict:
 
     # stop=auto: help is held while the teacher is ahead on the labels, as much as it is; in nats per token.
     objective.auto = auto = ConfigDict()
+    # Of a teacher of another tokenizer it is the lead on the same text, for each of the student's tokens.
     auto.full = 1.0  # lead from which on help has its full weight
     auto.end = 0.25  # lead below which it has ended, for good
     auto.smoothing = 0.95  # of the lead from step to step

@@ -60,6 +60,7 @@ class Forward(NamedTuple):
     layers: int | None = None  # how many of the first ones; None is all of them
     rows: int = 1  # for each row of the batch
     vocabulary: float = 1.0  # share of the tokens that are projected to the vocabulary
+    seq_len: int = 0  # tokens of its rows; 0 is the student's
 
 
 def step_flops(student: ModelConfig, batch_size: int, seq_len: int, helpers: Iterable[Forward] = ()) -> float:
@@ -68,9 +69,10 @@ def step_flops(student: ModelConfig, batch_size: int, seq_len: int, helpers: Ite
     The learned maps of an alignment are not counted (under a thousandth of a step).
     """
     per_token = 3 * forward_flops(student, seq_len)
-    for model, layers, rows, vocabulary in helpers:
-        projection = 2 * model.d_model * model.vocab_size
-        per_token += rows * (forward_flops(model, seq_len, layers, vocabulary=False) + vocabulary * projection)
+    for model, layers, rows, vocabulary, own_seq_len in helpers:
+        projection, tokens = 2 * model.d_model * model.vocab_size, own_seq_len or seq_len
+        forward = forward_flops(model, tokens, layers, vocabulary=False) + vocabulary * projection
+        per_token += rows * forward * (tokens / seq_len)
     return per_token * batch_size * seq_len
 
 

@@ -15,12 +15,14 @@ from ml_collections import ConfigDict
 from lmboost import answers, checkpoint, flops, going_on, sharding, stages, start
 from lmboost import config as configs
 from lmboost.data import loader
+from lmboost.data.retokenize import Retokenizer
 from lmboost.data.rows import Rows, parse_ranges
 from lmboost.data.scored import Scored
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective import auto, terms
 from lmboost.objective.terms import Objective, make_objective
+from lmboost.run.processes import say
 from lmboost.stages import Stage
 from lmboost.teacher import Helper, quantized
 from lmboost.teacher import find as find_helper
@@ -91,7 +93,21 @@ class Plan:
         """What the step of a span is compiled for."""
         models = {name: helper.model if helper else None for name, helper in self.helpers().items()}
         known = self.scored and self.scored.parts
-        return Program(self.student, self.objective, helps, accumulation=self.accumulation, known=known, **models)
+        rows = {f"{name}_rows": self._rows_of(name) for name in models}
+        return Program(
+            self.student, self.objective, helps, accumulation=self.accumulation, known=known, **models, **rows
+        )
+
+    def _rows_of(self, name: str) -> str:
+        """Whose rows of a batch a helper reads: "" the student's own, or those of a retokenizer of this name."""
+        helper = self.helpers()[name]
+        return helper.retokenizer.name if helper and helper.retokenizer else ""
+
+    def retokenizers(self, step: int) -> tuple[Retokenizer, ...]:
+        """What makes the rows of other tokenizers that the step reads."""
+        helpers = [self.helpers()[name] for name in sorted(terms.needed(self.span(step).helps))]
+        found = {each.retokenizer.name: each.retokenizer for each in helpers if each.retokenizer}
+        return tuple(found.values())
 
     def helpers(self) -> dict[str, Helper | None]:
         return {"teacher": self.teacher, "scorer": self.scorer}
@@ -115,10 +131,16 @@ class Plan:
         models = {name: helper and helper.model for name, helper in self.helpers().items()}
         begin, total = (self.stage.step, self.stage.flops) if self.stage else (0, 0.0)
         for first, end, helps in self.spans:
-            forwards = [] if self.scored else terms.forwards(self.objective, helps, models)
+            forwards = [] if self.scored else terms.forwards(self.objective, helps, models, self._own_lengths())
+            if "kd" in helps and self._rows_of("teacher"):  # by chunks: the student's losses on labels once more
+                forwards.append(flops.Forward(self.student, layers=0))
             one = flops.step_flops(self.student, self.batch_size, self.seq_len, forwards)
             total += one * max(min(step, end) - max(first, begin), 0)
         return total
+
+    def _own_lengths(self) -> dict[str, int]:
+        """Tokens of the rows of helpers that have rows of their own."""
+        return {n: h.retokenizer.seq_len for n, h in self.helpers().items() if h and h.retokenizer}
 
     def position(self, step: int) -> dict[str, Any]:
         """Where the data stands before `step`; equal positions give equal batches from there on.
@@ -172,6 +194,11 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
     teacher, scorer = answers.helpers(scored, config) if scored else _helpers(config, train_data, platform)
     entries = _stages(config, workdir, student, train_data, validation_data)
     run = outline(config, student, teacher, scorer, stages.of_entry(entries[-1]) if entries else None)
+    if run.stops["kd"] and teacher and teacher.retokenizer and run.objective.kd.temperature == 1:
+        say(
+            "kd: compares likelihoods of chunks of text, which at objective.kd.temperature=1 are near 0 on both sides "
+            "where chunks are long or models young; ALM (arXiv 2503.20083) takes 100, with temperature_on=both"
+        )
     if scored:
         stops = answers.check(
             scored, train_data, run.seq_len, run.order, student, teacher, run.objective, run.stops, run.rows.stand
@@ -203,7 +230,8 @@ def outline(
 ) -> Plan:
     """The plan of a run as far as its compiled programs depend on it: without data, manifest and workdir."""
     stops = terms.stops(config.objective, config.steps)
-    objective = make_objective(config.objective, config.steps, student, teacher and teacher.model)
+    by_chunks = bool(teacher and teacher.retokenizer)
+    objective = make_objective(config.objective, config.steps, student, teacher and teacher.model, by_chunks)
     selecting = ((0, stops["select"]),) if stops["select"] else ()
     begin = (stage.step, stage.row) if stage else (0, 0)
     rows = Rows(config.batch_size, objective.select.candidates, selecting, begin=begin)
@@ -229,9 +257,11 @@ def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[
     )
     teacher = scorer = None
     if "scorer" in needed and select.scorer:
-        scorer = find("objective.select.scorer", select.scorer, select.scorer_step)
+        named = ("objective.select.scorer", select.scorer, select.scorer_step)
+        scorer = find(*named, name="scorer", own_seq_len=0)
     if "teacher" in needed or ("scorer" in needed and not scorer):
-        teacher = find("teacher.path", config.teacher.path, config.teacher.step)
+        named = ("teacher.path", config.teacher.path, config.teacher.step)
+        teacher = find(*named, name="teacher", own_seq_len=config.teacher.seq_len)
     scorer = scorer or (teacher if "scorer" in needed else None)
     return (teacher if "teacher" in needed else None), scorer
 
@@ -246,7 +276,7 @@ def check_numbers(config: ConfigDict, num_devices: int) -> None:
             raise UserError(f"{field}={value} must be at least 1.")
     for field in (
         "checkpoint.seconds", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.retry_seconds",
-        "watchdog.seconds", "eval.every", "data.workers", "objective.block_tokens", "seed",
+        "watchdog.seconds", "eval.every", "data.workers", "objective.block_tokens", "seed", "teacher.seq_len",
     ):  # fmt: skip
         if not (value := configs.flatten(config)[field]) >= 0:  # a NaN, too
             raise UserError(f"{field}={value} must be at least 0.")
@@ -314,8 +344,11 @@ def _manifest(config, student, train_data, validation_data, teacher, scorer, sco
     def helper(h: Helper | None):
         if not h or not h.saved:
             return None
-        directory, model = str(h.saved.directory), dataclasses.asdict(h.model)
-        return {"directory": directory, "model": model, "data": h.saved.manifest["data"]}
+        directory, model, rows = str(h.saved.directory), dataclasses.asdict(h.model), h.retokenizer
+        about = {"directory": directory, "model": model, "data": h.saved.manifest["data"]}
+        if rows:
+            about["rows"] = {"tokenizer": h.saved.tokenizer_fingerprint, "seq_len": rows.seq_len, "aligned_by": "bytes"}
+        return about
 
     return {
         "config": json.loads(config.to_json()),

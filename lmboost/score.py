@@ -105,6 +105,13 @@ def _plan(c: ConfigDict, flags: Flags) -> plan.Plan:
     if flags.until != -1:
         fraction("--until", flags.until)
     run = plan.make(c, "", jax.default_backend(), jax.device_count())
+    for helper in run.helpers().values():
+        if helper and helper.retokenizer:
+            raise UserError(
+                f"{helper.saved.field}={helper.saved.path!r} has another tokenizer than the data in {c.data.train!r}, "
+                "and what it says of its own tokens cannot be written down for theirs: give it to the run itself, or "
+                "score with a model of the data's tokenizer."
+            )
     if not any(run.stops.values()):
         raise UserError("the objective asks for no help: set objective.kd, align or select as the run will have them.")
     return run

@@ -15,11 +15,18 @@ from ml_collections import ConfigDict
 
 from lmboost import sharding
 from lmboost.checkpoint import Saved
+from lmboost.data import bytes_of, retokenize
+from lmboost.data import tokenizer as tokenizers
 from lmboost.data.loader import DataInfo
+from lmboost.data.retokenize import Retokenizer
+from lmboost.data.windows import Windows
 from lmboost.errors import UserError, one_of
 from lmboost.models import transformer
 from lmboost.models.model_config import QUANTIZED, ModelConfig
 from lmboost.run.processes import say
+
+_MEASURED_ROWS = 64  # of the data, by which the length of rows of another tokenizer is chosen
+_MULTIPLE = 128  # of which that length is one, as attention kernels ask for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +36,12 @@ class Helper:
     Attributes:
       saved: where it is; None where steps are compiled that nobody runs.
       model: what it is, ready to compute.
+      retokenizer: makes its rows, where its tokens are others than the data's.
     """
 
     saved: Saved | None
     model: ModelConfig
+    retokenizer: Retokenizer | None = None
 
 
 def find(
@@ -42,15 +51,22 @@ def find(
     *,
     helps: Iterable[str],
     data: DataInfo,
+    name: str,
     seq_len: int,
+    own_seq_len: int,
     dtype: str,
     quantize: str,
     platform: str,
 ) -> Helper:
     """The helper that `field` names, for the `helps` that the objective asks for.
 
-    Raises a UserError, naming `field`, where there is none, or its tokens are not the data's, or it cannot compute rows
-    of `seq_len` tokens.
+    Args:
+      name: "teacher" or "scorer".
+      seq_len: tokens of the data's rows.
+      own_seq_len: of its own rows, where its tokenizer is another one than the data's; 0 chooses.
+
+    Raises a UserError, naming `field`, where there is none, or nothing says which bytes its tokens are, or it cannot
+    compute rows of so many tokens.
     """
     if not path:
         raise UserError(
@@ -58,9 +74,66 @@ def find(
             "checkpoint, or set the weights to 0."
         )
     saved = Saved.find(path, step, field)
-    model = saved.model_for(seq_len, dtype, platform, quantize)
+    retokenizer = None
+    if path := _other_tokenizer(saved, data):
+        retokenizer = _retokenizer(saved, data, str(path), name, seq_len, own_seq_len)
+    elif own_seq_len:
+        raise UserError(
+            f"teacher.seq_len={own_seq_len}: the model of {field} reads the data's own tokens, in rows of seq_len="
+            f"{seq_len}; set it to 0."
+        )
+    length = retokenizer.seq_len if retokenizer else seq_len
+    return Helper(saved, saved.model_for(length, dtype, platform, quantize), retokenizer)
+
+
+def _other_tokenizer(saved: Saved, data: DataInfo) -> str | None:
+    """Where the model's tokenizer is, if its tokens are others than the data's.
+
+    Raises a UserError where it has none, or none that could be found.
+    """
+    path, known = None, saved.tokenizer_fingerprint
+    if known not in (None, data.tokenizer_fingerprint) and (path := saved.tokenizer_path):
+        own = tokenizers.load(path)
+        if own.fingerprint == known and tokenizers.load(data.tokenizer_path).disagreement(own):
+            return str(saved.tokenizer(str(path), saved.field).path)
     saved.check_tokenizer(data)
-    return Helper(saved, model)
+    return None
+
+
+def _retokenizer(saved: Saved, data: DataInfo, path: str, name: str, seq_len: int, own_seq_len: int) -> Retokenizer:
+    """What makes the rows of a helper with the tokenizer in `path`; says what is measured on the data's first rows."""
+    where = f"{saved.field}={saved.path!r}"
+    saved.model.check_positions(own_seq_len, "teacher.seq_len", f"the model of {where}")
+    for each, remedy in ((data.tokenizer_path, "Prepare the data with the model's."), (path, "Choose another model.")):
+        try:
+            bytes_of.load(each)
+        except UserError as error:
+            raise UserError(f"{where} has another tokenizer than the data, but {error} {remedy}") from error
+    found = retokenize.measure(_first_rows(data, seq_len), data.tokenizer_path, path)
+    if found.same < 0.5:
+        raise UserError(
+            f"{where}: its tokenizer {path} changes the text: only {found.same:.0%} of the bytes of the data's first "
+            "rows lie before or after what it changes, and only these can be helped with. Choose a model whose "
+            "tokenizer leaves text as it is."
+        )
+    most = saved.model.max_seq_len if saved.model.position == "learned" else found.longest + _MULTIPLE
+    length = own_seq_len or min(-(-found.longest // _MULTIPLE) * _MULTIPLE, most)
+    say(f"{name}: reads the text in its own tokens, {found.ratio:.2f} for each of the data's, in rows of {length}")
+    for there, what in (
+        (found.longest > length, f"rows have up to {found.longest} of its tokens, and are cut: help ends there"),
+        (found.same < 1, f"its tokenizer changes {1 - found.same:.2%} of the text; there is no help in between"),
+        (found.unknown, f"the data has {found.unknown} tokens that stand for unknown characters, as U+FFFD to it"),
+    ):
+        if there:
+            say(f"{name}: {what} (of the data's first rows)")
+    return Retokenizer(name, data.tokenizer_path, path, length)
+
+
+def _first_rows(data: DataInfo, seq_len: int) -> list:
+    """The first rows of each data set, in stored order."""
+    sources = [Windows(directory, "train", seq_len) for directory in data.directories]
+    each = -(-_MEASURED_ROWS // len(sources))
+    return [source[row] for source in sources for row in range(min(each, len(source)))]
 
 
 def quantized(config: ConfigDict) -> str:

@@ -138,7 +138,11 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 log.validation(done, values)
 
         # -------------------------------------------------------------- the loop
-        batches = keep(data.batches(run.rows, first, c.steps, run.scored, run.groups(first)))
+        def batches_from(step: int):
+            reads = run.groups(step), run.retokenizers(step)
+            return keep(data.batches(run.rows, step, c.steps, run.scored, *reads)), reads
+
+        batches, reads = batches_from(first)
         step_fn = told = None
         evaluated = evaluated or evaluate_at(first)
         for step in range(first, c.steps):
@@ -154,9 +158,9 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             if fresh:
                 log.pause()
                 helpers = {name: helpers[name] for name in run.needed(step)}
-                if run.scored and step > first:  # what helpers have said is read as long as it is asked for
+                if (run.groups(step), run.retokenizers(step)) != reads:  # what is for helpers, while it is asked for
                     batches.close()
-                    batches = keep(data.batches(run.rows, step, c.steps, run.scored, run.groups(step)))
+                    batches, reads = batches_from(step)
                 step_fn = jit_train_step(run.program(span.helps), tx, learning_rate, state)
                 say(f"step {step}: training {'with ' + ', '.join(sorted(span.helps)) if span.helps else 'alone'}")
             log.profile(step)
@@ -286,6 +290,13 @@ def _write_manifest(run: plan.Plan, helpers: dict[str, Any], workdir: str) -> di
                 f"the {name} in {getattr(run, name).saved.directory} is not the one that the run in {workdir} was "
                 f"started with (fingerprint {before[:12]}, now {mark[:12]}): give the same checkpoint, or another "
                 "workdir."
+            )
+        rows = {"old": (old.get(name) or manifest[name]).get("rows"), "new": manifest[name].get("rows")}
+        if rows["old"] != rows["new"]:
+            raise UserError(
+                f"the {name} in {getattr(run, name).saved.directory} reads the text otherwise than that of the run in "
+                f"{workdir} (rows {rows['old']}, now {rows['new']}): give the tokenizer and teacher.seq_len of before, "
+                "or another workdir."
             )
         manifest[name] = manifest[name] | {"fingerprint": mark}
     for name in ("teacher", "scorer"):  # not needed any more, and not loaded

@@ -21,16 +21,18 @@ from lmboost.data.scored import Parts
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.vocabulary import Head
-from lmboost.objective import align, auto, select
+from lmboost.objective import align, auto, chunks, select
 from lmboost.objective.blend import Coefficients, Sums, blend
 from lmboost.objective.cached import CachedTargets
+from lmboost.objective.chunks import Chunks, ChunkTargets
 from lmboost.objective.kd import SoftTargets
 from lmboost.objective.terms import Objective, needed
 from lmboost.schedules import Schedule
 
-# tokens, targets, segment_ids, positions, weights: each [rows, T]; and what helpers have said of the rows before the
-# run, see `scored.Parts.like`.
+# tokens, targets, segment_ids, positions, weights: each [rows, T]; what helpers have said of the rows before the run,
+# see `scored.Parts.like`; and the rows of helpers that read other tokens, see `retokenize.Retokenizer.rows`.
 Batch = Mapping[str, jax.Array]
+_ROWS = ("tokens", "targets", "segment_ids", "positions", "weights")
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # name -> (sum, count)
 
 
@@ -55,6 +57,7 @@ class Program:
         no state.
       accumulation: parts that the batch is worked through in.
       known: what batches have of the helpers' answers; then these are not computed, and no parameters are given.
+      teacher_rows, scorer_rows: the name of the rows that each reads; "" the student's, or those of other tokens.
     """
 
     student: ModelConfig
@@ -64,6 +67,8 @@ class Program:
     scorer: ModelConfig | None = None
     accumulation: int = 1
     known: Parts | None = None
+    teacher_rows: str = ""
+    scorer_rows: str = ""
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -76,12 +81,21 @@ class Program:
         return self.objective.auto is not None and bool(self.helps & self.objective.auto.helps)
 
 
+class _Compared(NamedTuple):
+    """Losses of student and teacher on the same text, where the teacher's is measured: sums in nats."""
+
+    student: jax.Array
+    teacher: jax.Array
+    count: jax.Array  # of the student's tokens
+
+
 class _Gathered(NamedTuple):
     """What one pass over the rows adds up beside the gradient."""
 
     sums: Sums
     align: jax.Array  # of negative cosines
-    teacher: jax.Array  # of the teacher's cross-entropy on the labels, where it is measured
+    aligned: jax.Array  # of the weights of tokens that are aligned
+    compared: _Compared
 
 
 def init_params(student: ModelConfig, objective: Objective, seed: int, teacher: ModelConfig | None = None):
@@ -163,6 +177,11 @@ def make_eval_step(student: ModelConfig, block_tokens: int) -> Callable[[Any, Ba
 # ---------------------------------------------------------------------- the loss and its gradient
 
 
+def _rows_of(batch: Batch, name: str) -> Batch:
+    """The rows of this name."""
+    return {key: batch[f"{name}_{key}"] for key in _ROWS} if name else batch
+
+
 def _forward(config: ModelConfig, params, batch: Batch, **kwargs):
     return transformer.apply(config, params, batch["tokens"], batch["segment_ids"], batch["positions"], **kwargs)
 
@@ -174,10 +193,14 @@ def _teacher_states(program: Program, params, batch: Batch) -> tuple[jax.Array |
     wanted = {layer for _, layer in program.pairs}
     if program.known:
         return None, {s: _known_state(program, params, batch, t) for s, t in program.pairs}
-    h, captured = _forward(program.teacher, params, batch, capture=wanted)
+    rows = program.teacher_rows
+    h, captured = _forward(program.teacher, params, _rows_of(batch, rows), capture=wanted)
     if program.teacher.num_layers in wanted and program.objective.align.final_norm:
         captured[program.teacher.num_layers] = h
-    return jax.lax.stop_gradient((h, {s: captured[t] for s, t in program.pairs}))
+    guides = {s: captured[t] for s, t in program.pairs}
+    if rows:
+        guides = {s: align.at(state, batch[f"{rows}_index"]) for s, state in guides.items()}
+    return jax.lax.stop_gradient((h, guides))
 
 
 def _known_state(program: Program, bases: Mapping[str, jax.Array], batch: Batch, layer: int) -> jax.Array:
@@ -187,9 +210,20 @@ def _known_state(program: Program, bases: Mapping[str, jax.Array], batch: Batch,
     return state.astype(program.teacher.dtype)
 
 
-def _soft_targets(program: Program, helpers: Mapping[str, Any], batch: Batch, h_teacher) -> SoftTargets | CachedTargets:
-    """What kd compares the student with."""
+def _chunks(program: Program, teacher, batch: Batch, h, head: Head, h_teacher) -> Chunks:
+    """The losses of student and teacher on the chunks of text that both have ends of tokens around."""
+    name, block_tokens = program.teacher_rows, program.objective.block_tokens
+    own = chunks.label_losses(h, head, batch["targets"], block_tokens)
+    head = Head.of(program.teacher, teacher)
+    theirs = chunks.label_losses(h_teacher, head, batch[f"{name}_targets"], block_tokens)
+    return Chunks.of(own, batch[f"{name}_chunks"], theirs, batch[f"{name}_own_chunks"])
+
+
+def _soft_targets(program: Program, helpers: Mapping[str, Any], batch: Batch, h_teacher, common: Chunks | None):
+    """What kd compares the student with. common: of chunks, where the teacher reads other tokens."""
     kd = program.objective.kd
+    if common:
+        return ChunkTargets.of(common, kd)
     if program.known:
         names = ("soft_ids", "soft_values", "soft_rest", "teacher_loss")
         return CachedTargets(*(batch[name] for name in names), program.known.labels, kd)
@@ -201,17 +235,20 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
     student, objective = program.student, program.objective
     weights = batch["weights"]
     h_teacher, guides = _teacher_states(program, helpers.get("targets" if program.known else "teacher"), batch)
+    rows = program.teacher_rows
+    guided = weights * (batch[f"{rows}_index"] >= 0) if rows and guides else weights
     maps, taps = params.get("align", {}), {}
     for s, target in guides.items():
         fixed = jax.lax.stop_gradient(maps.get(str(s)))
-        taps[s] = align.tap(target, weights, objective.align, helping["align"], probes[str(s)], fixed)
+        taps[s] = align.tap(target, guided, objective.align, helping["align"], probes[str(s)], fixed)
     h, captured = _forward(student, params["model"], batch, capture=guides, taps=taps)
-    coefficients, soft = Coefficients(z=objective.z_loss), None
+    head = Head.of(student, params["model"])
+    coefficients, soft, common = Coefficients(z=objective.z_loss), None, None
     if "kd" in program.helps:
         kd = helping["kd"]
         coefficients = Coefficients(1.0 - kd if objective.ce_weight < 0 else objective.ce_weight, kd, objective.z_loss)
-        soft = _soft_targets(program, helpers, batch, h_teacher)
-    head = Head.of(student, params["model"])
+        common = _chunks(program, helpers["teacher"], batch, h, head, h_teacher) if rows else None
+        soft = _soft_targets(program, helpers, batch, h_teacher, common)
     sums = blend(
         h, head, batch["targets"], weights, coefficients, soft,
         block_tokens=objective.block_tokens, scatter=objective.scatter_head,
@@ -219,24 +256,36 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
     loss, align_sum = sums.loss, jnp.zeros((), jnp.float32)
     for s, target in guides.items():
         state = jax.lax.stop_gradient(captured[s])  # its gradient went in by the tap
-        term = align.negative_cosine(state, target, weights, objective.align, maps.get(str(s)))
+        term = align.negative_cosine(state, target, guided, objective.align, maps.get(str(s)))
         align_sum += jax.lax.stop_gradient(term)
         loss += term if str(s) in maps else 0.0
-    teacher_sum = sums.teacher
-    if program.watches and program.known:
-        teacher_sum = jnp.sum(weights * batch["teacher_loss"].astype(jnp.float32))
+    compared = _Compared(sums.ce, sums.teacher, sums.count)
+    if common:
+        compared = _of_chunks(common, weights)
+    elif program.watches and program.known:
+        compared = compared._replace(teacher=jnp.sum(weights * batch["teacher_loss"].astype(jnp.float32)))
     elif program.watches and "kd" not in program.helps:
-        teacher_sum = jax.lax.cond(
-            step % auto.EVERY == 0, lambda: _teacher_loss(program, helpers["teacher"], h_teacher, batch),
-            lambda: jnp.zeros((), jnp.float32),
-        )  # fmt: skip
-    return loss, _Gathered(sums, align_sum, teacher_sum)
+
+        def measure() -> _Compared:
+            if rows:
+                return _of_chunks(_chunks(program, helpers["teacher"], batch, h, head, h_teacher), weights)
+            return compared._replace(teacher=_teacher_loss(program, helpers["teacher"], h_teacher, batch))
+
+        compared = jax.lax.stop_gradient(compared)
+        compared = jax.lax.cond(step % auto.EVERY == 0, measure, lambda: compared._replace(teacher=jnp.float32(0)))
+    return loss, _Gathered(sums, align_sum, jnp.sum(guided), compared)
 
 
 def _teacher_loss(program: Program, params, h_teacher, batch: Batch) -> jax.Array:
     """The sum of the teacher's cross-entropy on the labels."""
     head, block_tokens = Head.of(program.teacher, params), program.objective.block_tokens
     return blend(h_teacher, head, batch["targets"], batch["weights"], block_tokens=block_tokens).ce
+
+
+def _of_chunks(common: Chunks, weights) -> _Compared:
+    """What student and teacher lose on the text of all chunks."""
+    sums = (common.per_token(common.student), common.per_token(common.teacher), common.tokens > 0)
+    return _Compared(*(jnp.sum(weights * x) for x in sums))
 
 
 def _gradients(program: Program, params, helpers: Mapping[str, Any], batch: Batch, step, helping):
@@ -281,9 +330,9 @@ def _update(state: TrainState, grads, finite, tx: optax.GradientTransformation) 
 
 def _watch(program: Program, state: TrainState, gathered: _Gathered, finite) -> tuple[TrainState, Metrics]:
     """The state after its newest step, with what that says of the teacher's lead; and that as metrics."""
-    step, sums = state.step - 1, gathered.sums
-    lead = (sums.ce - gathered.teacher) / jnp.maximum(sums.count, 1.0)
-    measured = finite & jnp.isfinite(lead) & (sums.count > 0)
+    step, compared = state.step - 1, gathered.compared
+    lead = (compared.student - compared.teacher) / jnp.maximum(compared.count, 1.0)
+    measured = finite & jnp.isfinite(lead) & (compared.count > 0)
     every = 1 if program.known or "kd" in program.helps else auto.EVERY
     watch = auto.update(program.objective.auto, state.watch, lead, measured & (step % every == 0), step, every)
     return state.replace(watch=watch), {"lead": _one(watch.lead), auto.ENDED: _one(watch.ended)}
@@ -291,16 +340,16 @@ def _watch(program: Program, state: TrainState, gathered: _Gathered, finite) -> 
 
 def _metrics(program: Program, weights: Mapping[str, jax.Array], gathered: _Gathered, probes: Mapping) -> Metrics:
     """(sum, count) of the terms, in nats per token, and of the helps' weights."""
-    sums, align_sum, _ = gathered
+    sums, align_sum, aligned, compared = gathered
     metrics = {"loss": (sums.loss, sums.count), "ce": (sums.ce, sums.count), "predicted_tokens": _one(sums.count)}
     if "kd" in program.helps:
         metrics["kd"] = (sums.kd, sums.count)
         metrics["kd_weight"] = _one(weights["kd"])
-        metrics["teacher_ce"] = (sums.teacher, sums.count)
+        metrics["teacher_ce"] = (compared.teacher, compared.count)
     if "align" in program.helps:
         added, other = jnp.sum(jnp.stack(list(probes.values())), 0)
-        metrics["align"] = (align_sum, sums.count * len(program.pairs))
-        metrics["align_cosine"] = (-align_sum, sums.count * len(program.pairs))
+        metrics["align"] = (align_sum, aligned * len(program.pairs))
+        metrics["align_cosine"] = (-align_sum, aligned * len(program.pairs))
         metrics["align_ratio"] = _one(jnp.sqrt(added / jnp.maximum(other, 1e-30)))
         metrics["align_weight"] = _one(weights["align"])
         if program.objective.align.scale == "plain":
@@ -330,6 +379,7 @@ def _select(program: Program, params, candidates: Batch) -> tuple[dict[str, jax.
     batch_size, parts = rows // selection.candidates, selection.candidates * program.accumulation
 
     def score(part):
+        part = _rows_of(part, program.scorer_rows)
         h, _ = _forward(scorer, params, part)
         head = Head.of(scorer, params)
         return select.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens)

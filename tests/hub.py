@@ -37,6 +37,16 @@ def write_tokenizer(directory, size: int = 280, split=None) -> pathlib.Path:
     return pathlib.Path(directory) / "tokenizer.json"
 
 
+def write_words(directory) -> pathlib.Path:
+    """A WordPiece tokenizer.json, whose tokens do not say where spaces are."""
+    model = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.decoder = tokenizers.decoders.WordPiece()
+    pathlib.Path(directory).mkdir(parents=True, exist_ok=True)
+    model.save(str(pathlib.Path(directory) / "tokenizer.json"))
+    return pathlib.Path(directory) / "tokenizer.json"
+
+
 def random_params(model: ModelConfig, seed: int = 0):
     """Random parameters, the biases and norms too."""
     params = jax.jit(lambda: transformer.init(model, jax.random.key(seed)))()

@@ -286,10 +286,15 @@ def test_mistakes_are_named_before_anything_is_written(name, tmp_path, recipe, d
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").rglob("*.json*"))
 
 
-def test_a_teacher_of_another_tokenizer_is_refused(home, tmp_path, recipe, teacher):
+def test_a_teacher_whose_other_tokenizer_is_not_there_is_refused(home, tmp_path, recipe, teacher):
     other = "--config.data.train=" + runs.write_data(tmp_path, seed=1)
-    with pytest.raises(UserError, match="trained with another tokenizer"):
-        runs.run(recipe, tmp_path / "run", other, teacher, KD)
+    shutil.copytree(teacher.partition("=")[2], tmp_path / "helper")
+    (path,) = tmp_path.glob("helper/checkpoints/8/manifest/metadata")
+    manifest = json.loads(path.read_text())
+    manifest["config"]["data"]["train"] = str(tmp_path / "gone")
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="trained with another tokenizer .*: the model's own is not there"):
+        runs.run(recipe, tmp_path / "run", other, f"--config.teacher.path={tmp_path / 'helper'}", KD)
 
 
 def test_a_start_of_another_tokenizer_is_refused(tmp_path, recipe, plain):

@@ -22,6 +22,7 @@ from absl import flags
 
 from lmboost import orphans
 from lmboost.data import records, scored
+from lmboost.data.retokenize import Retokenizer
 from lmboost.data.rows import Rows
 from lmboost.data.windows import Batch, Window, Windows, batch_of
 from lmboost.errors import UserError, one_of
@@ -173,6 +174,7 @@ class _FetchBatch(grain.transforms.Map):
     shard_count: int
     answers: scored.Parts | None = None  # of `groups`
     groups: tuple[str, ...] = ()
+    retokenizers: tuple[Retokenizer, ...] = ()
 
     def map(self, step: int) -> Batch:
         first, count = self.schedule(int(step))
@@ -183,9 +185,12 @@ class _FetchBatch(grain.transforms.Map):
             )
         size = count // self.shard_count
         share = [first + shard * size + i for shard in self.shards for i in range(size)]
-        there = [row for row in share if row < len(self.rows)]
+        there = [self.rows[row] for row in share if row < len(self.rows)]
         empty = self.answers and self.answers.like(len(share), self.groups)
-        return batch_of([self.rows[row] for row in there], len(share), self.seq_len, empty)
+        batch = batch_of(there, len(share), self.seq_len, empty)
+        for retokenizer in self.retokenizers:
+            batch |= retokenizer.rows(there, len(share), self.seq_len)
+        return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +257,7 @@ class Loader:
         stop_step: int | None = None,
         known: scored.Scored | None = None,
         groups: Sequence[str] = (),
+        retokenizers: Sequence[Retokenizer] = (),
     ) -> Iterator[Batch]:
         """This host's batches of steps start_step, start_step + 1, ... before stop_step (None: endless).
 
@@ -259,12 +265,13 @@ class Loader:
           schedule: maps a step to (first row, number of rows) of the global batch; a pure function, picklable if
             there are workers. The number may change between steps; the hosts must divide it evenly.
           known: has what helpers have said of the rows; batches have what is in these groups of it.
+          retokenizers: make the rows of helpers that read other tokens; batches have these, too.
         """
         if start_step < 0 or (stop_step is not None and stop_step < start_step):
             raise UserError(f"start_step={start_step}, stop_step={stop_step}: expected 0 <= start_step <= stop_step.")
         stop_step = sys.maxsize if stop_step is None else stop_step
         if not groups:
-            return self._iterate(self.rows, schedule, start_step, stop_step)
+            return self._iterate(self.rows, schedule, start_step, stop_step, retokenizers=tuple(retokenizers))
         sources = [
             Windows(directory, self.split, self.seq_len, known.answers(fingerprint, groups))
             for directory, fingerprint in zip(self.info.directories, self.info.fingerprints, strict=True)
@@ -308,10 +315,11 @@ class Loader:
         stop: int,
         answers: scored.Parts | None = None,
         groups: tuple[str, ...] = (),
+        retokenizers: tuple[Retokenizer, ...] = (),
     ) -> Iterator[Batch]:
         if start >= stop:
             return
-        fetch = _FetchBatch(rows, schedule, self.seq_len, *self._shards, answers, groups)
+        fetch = _FetchBatch(rows, schedule, self.seq_len, *self._shards, answers, groups, retokenizers)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=2 * self._threads)
         dataset = grain.MapDataset.range(start, stop).map(fetch).to_iter_dataset(options)
         if self._workers:
@@ -335,4 +343,5 @@ def _begin_worker(*_: int) -> None:
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library would start a thread per core in each process
     orphans.end_with_parent()

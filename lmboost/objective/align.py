@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from lmboost import sharding
 from lmboost.errors import UserError, number, one_of
 from lmboost.objective.auto import AUTO, latest_stop
 from lmboost.schedules import Weight
@@ -110,6 +111,12 @@ def negative_cosine(h_BxTxD, teacher_BxTxE, weights, alignment: Alignment, proje
         h, t = (x - jnp.einsum("bt,btd->bd", share, x)[:, None] for x in (h, t))
     cosine = jnp.sum(h * t, -1) * jax.lax.rsqrt(jnp.sum(h * h, -1) * jnp.sum(t * t, -1) + 1e-12)
     return -jnp.sum(weights * cosine)
+
+
+def at(state_BxUxE, index_BxT) -> jax.Array:
+    """A teacher's states of its own tokens at the student's, [B, T, E]; index is int32, where it is -1 any state."""
+    axes = ("batch", "length", None)
+    return sharding.constrain(jax.vmap(lambda state, index: state[jnp.maximum(index, 0)])(state_BxUxE, index_BxT), axes)
 
 
 def tap(teacher_BxTxE, weights, alignment: Alignment, weight, probe, projection=None):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from lmboost.errors import UserError
 from lmboost.flops import Forward
 from lmboost.models.model_config import ModelConfig
-from lmboost.objective import align, auto, kd, select
+from lmboost.objective import align, auto, chunks, kd, select
 from lmboost.objective.auto import Auto
 from lmboost.schedules import Weight
 
@@ -108,24 +108,39 @@ def groups(objective: Objective, helps: frozenset[str]) -> tuple[str, ...]:
     return tuple(sorted({HELPS[name].group for name in helps} | lead))
 
 
-def forwards(objective: Objective, helps: frozenset[str], models: Mapping[str, ModelConfig | None]) -> list[Forward]:
-    """What these helps compute, of each model that they need."""
+def forwards(
+    objective: Objective,
+    helps: frozenset[str],
+    models: Mapping[str, ModelConfig | None],
+    own_seq_lens: Mapping[str, int] | None = None,
+) -> list[Forward]:
+    """What these helps compute, of each model that they need.
+
+    own_seq_lens: tokens of the rows of models that have rows of their own.
+    """
     found = []
     for need in sorted(needed(helps)):
         mine = [HELPS[name].forward(objective, models[need]) for name in helps if HELPS[name].needs == need]
-        _, layers, rows, vocabulary = zip(*mine, strict=True)
-        found.append(Forward(models[need], None if None in layers else max(layers), max(rows), max(vocabulary)))
+        _, layers, rows, vocabulary, _ = zip(*mine, strict=True)
+        layers, seq_len = None if None in layers else max(layers), (own_seq_lens or {}).get(need, 0)
+        found.append(Forward(models[need], layers, max(rows), max(vocabulary), seq_len))
     return found
 
 
-def make_objective(tree: ConfigDict, steps: int, student: ModelConfig, teacher: ModelConfig | None) -> Objective:
+def make_objective(
+    tree: ConfigDict, steps: int, student: ModelConfig, teacher: ModelConfig | None, by_chunks: bool = False
+) -> Objective:
     """The config's `objective` subtree as plain values; `teacher` is None where no help needs one.
+
+    by_chunks: whether the teacher has another tokenizer than the data, so that kd is `chunks`'.
 
     Raises a UserError where a term is not defined, or not for these two models.
     """
     timed = _schedules(tree, steps)
     on = {name for name, (_, stop) in timed.items() if stop}
     distillation = kd.from_config(tree.kd)
+    if "kd" in on and by_chunks:
+        chunks.check(distillation, tree.scatter_head)
     if "kd" in on and distillation.divergence == "reverse" and teacher.vocab_size < student.vocab_size:
         raise UserError(
             f"objective.kd.divergence='reverse' needs a teacher with the student's vocabulary: the teacher has "
