@@ -79,6 +79,16 @@ def test_an_expanded_model_computes_what_its_parent_does(parent, post):
     assert taken.report(params)[0].endswith("; 1-2,4-5,7-8,10-11,13-14,16-17 add nothing at first")
 
 
+def test_a_silent_layer_has_a_gradient_like_others():
+    """Between two norms, too, where a projection of zeros would have one 1 / sqrt(norm_eps) times as large."""
+    parent = dataclasses.replace(PARENTS["gemma"], num_layers=2)
+    child = inherit.of_layers(parent, [0, 0, 1, 1])
+    params = inherit.plan_expand("", "", parent, child)(params_of(parent, 0), params_of(child, 1))
+    gradient = jax.jit(jax.grad(lambda p: states(child, p)[0].std()))(params)["layers"]
+    largest = np.array([[np.abs(x[layer]).max() for x in jax.tree.leaves(gradient)] for layer in range(4)]).max(1)
+    assert (largest > 0).all() and (largest[[1, 3]] < 10 * largest[[0, 2]]).all()
+
+
 def test_chosen_layers_and_stacks():
     parent = PARENTS["smollm2-135m"]
     before = params_of(parent, 0)["layers"]

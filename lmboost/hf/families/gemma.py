@@ -25,8 +25,8 @@ _SOFTCAPS = {"attn_logit_softcapping": "attn_softcap", "final_logit_softcapping"
 
 def _read_gemma(c: Keys, period: int, by_layer: bool = False, **more: Any) -> dict[str, Any]:
     """period: layers of which the last is full and the others have a window, where `layer_types` does not say."""
-    c.need("hidden_act", None, c["hidden_activation"])
-    c.need("hidden_activation", "gelu_pytorch_tanh", None)
+    for key in ("hidden_act", "hidden_activation"):
+        c.need(key, "gelu_pytorch_tanh", None)
     kinds = ["window" if (i + 1) % period else "full" for i in range(c["num_hidden_layers"])]
     shape, scalar = llama.read_shape(c, by_layer), c["query_pre_attn_scalar"]
     out = {"norm_placement": "both", "zero_centred_norm": True, "mlp": "gelu_tanh_gated"}
