@@ -75,8 +75,8 @@ def find(
         )
     saved = Saved.find(path, step, field)
     retokenizer = None
-    if path := _other_tokenizer(saved, data):
-        retokenizer = _retokenizer(saved, data, str(path), name, seq_len, own_seq_len)
+    if tokenizer := _other_tokenizer(saved, data):
+        retokenizer = _retokenizer(saved, data, tokenizer, name, seq_len, own_seq_len)
     elif own_seq_len:
         raise UserError(
             f"teacher.seq_len={own_seq_len}: the model of {field} reads the data's own tokens, in rows of seq_len="
