@@ -78,26 +78,20 @@ def speeds(data: pathlib.Path, hub: pathlib.Path, rounds: int) -> list[str]:
     """Lines of the result: what a core reads in a second, with and without the teacher's rows."""
     source, encode = loader.Loader(str(data), "train", TOKENS), bytes_of.load(str(hub)).tokenizer.encode_batch
     maker = Retokenizer("teacher", source.info.tokenizer_path, str(hub), OWN_TOKENS)
-    own = bytes_of.load(maker.data)
-    found = []
-    for at in range(-1, rounds):  # the first one reads the tokenizers
-        spent, schedule = [], lambda step: (step * ROWS, ROWS)
-        texts = [
-            retokenize.text_of(segment)[-1]
-            for row in range(at * ROWS * BATCHES, (at + 1) * ROWS * BATCHES)
-            for segment in retokenize.segments_of(source.rows[max(row, 0)], own)
-        ]
+    own, found = bytes_of.load(maker.data), []
+    for at in range(rounds + 1):
+        spent, first, rows = [], at * BATCHES, range(at * BATCHES * ROWS, (at + 1) * BATCHES * ROWS)
+        texts = [retokenize.text_of(part)[-1] for row in rows for part in retokenize.segments_of(source.rows[row], own)]
         for makers in ((), (maker,)):
             began = time.process_time()
-            for _ in source.batches(schedule, max(at, 0) * BATCHES, (max(at, 0) + 1) * BATCHES, retokenizers=makers):
+            for _ in source.batches(lambda step: (step * ROWS, ROWS), first, first + BATCHES, retokenizers=makers):
                 pass
             spent.append(time.process_time() - began)
         began = time.process_time()
         encode(texts)
         spent.append(time.process_time() - began)
-        if at >= 0:
-            found.append(ROWS * TOKENS * BATCHES / np.array(spent))
-    plain, both, bare = np.median(found, axis=0)
+        found.append(ROWS * TOKENS * BATCHES / np.array(spent))
+    plain, both, bare = np.median(found[1:], axis=0)  # the first one has read the tokenizers
     return [
         f"| tokens that a core reads in a second | {plain / 1e6:.2f} million |",
         f"| the same with the teacher's rows | {both / 1e6:.2f} million |",

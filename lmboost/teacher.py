@@ -75,8 +75,8 @@ def find(
         )
     saved = Saved.find(path, step, field)
     retokenizer = None
-    if path := _other_tokenizer(saved, data):
-        retokenizer = _retokenizer(saved, data, str(path), name, seq_len, own_seq_len)
+    if tokenizer := _other_tokenizer(saved, data):
+        retokenizer = _retokenizer(saved, data, tokenizer, name, seq_len, own_seq_len)
     elif own_seq_len:
         raise UserError(
             f"teacher.seq_len={own_seq_len}: the model of {field} reads the data's own tokens, in rows of seq_len="
@@ -116,8 +116,9 @@ def _retokenizer(saved: Saved, data: DataInfo, path: str, name: str, seq_len: in
             "rows lie before or after what it changes, and only these can be helped with. Choose a model whose "
             "tokenizer leaves text as it is."
         )
-    most = saved.model.max_seq_len if saved.model.position == "learned" else found.longest + _MULTIPLE
-    length = own_seq_len or min(-(-found.longest // _MULTIPLE) * _MULTIPLE, most)
+    length = own_seq_len or -(-found.longest // _MULTIPLE) * _MULTIPLE
+    if saved.model.position == "learned":
+        length = min(length, saved.model.max_seq_len)
     say(f"{name}: reads the text in its own tokens, {found.ratio:.2f} for each of the data's, in rows of {length}")
     for there, what in (
         (found.longest > length, f"rows have up to {found.longest} of its tokens, and are cut: help ends there"),

@@ -6,6 +6,7 @@ byte. Other kinds (WordPiece, words with a mark at their end) do not say which b
 
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,10 +46,14 @@ class Pieces:
         return b"".join(map(self.table.__getitem__, ids.tolist()))
 
 
-@functools.lru_cache(maxsize=8)
 def load(path: str) -> Pieces:
     """Those of the tokenizer that `tokenizer.load` finds in `path`; read once by each process."""
-    return Pieces(tokenizers.load(path))
+    with _LOADING:  # the loader's threads ask for it at the same time
+        return _load(path)
+
+
+_LOADING = threading.Lock()
+_load = functools.lru_cache(maxsize=8)(lambda path: Pieces(tokenizers.load(path)))
 
 
 def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:

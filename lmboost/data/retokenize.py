@@ -121,7 +121,8 @@ def _equal(a: np.ndarray, b: np.ndarray) -> int:
 def compare(own: Tokens, other: Tokens, changed: Sequence[tuple[int, int]]) -> Map:
     """What the row has in common with that of another tokenizer.
 
-    changed: (first, last) places of each span that the other one has changed; a chunk that touches one is none.
+    changed: (first, last) places of each span that the other one has changed; a chunk that touches one is none. Where
+      it has put something between two bytes these are the same place, and touched on both sides.
     """
     index = np.searchsorted(other.ends, own.ends, "right") - 1
     there = index >= 0
@@ -134,7 +135,7 @@ def compare(own: Tokens, other: Tokens, changed: Sequence[tuple[int, int]]) -> M
     begins = np.concatenate([shared[:1], shared[:-1]])
     for low, high in changed:
         there &= (own.ends <= low) | (own.ends >= high)
-        closes &= (begins >= max(high, low + 1)) | (shared <= low)
+        closes &= (begins >= max(high, low + 1)) | (shared <= min(low, high - 1))
     # One more, for tokens that end after all that is shared.
     numbers = np.concatenate([np.cumsum(closes) * closes, [0]])
     chunks, other_chunks = (numbers[np.searchsorted(shared, ends, "left")] for ends in (own.ends, other.ends))
