@@ -85,9 +85,7 @@ class ModelConfig:
     max_seq_len: int = 1024  # with learned positions: rows of their table
     norm: str = "rmsnorm"
     norm_eps: float = 1e-5
-    norm_placement: str = (
-        "pre"  # of a layer's norms: on a sublayer's input, on its output (OLMo-2), or on both (Gemma 2)
-    )
+    norm_placement: str = "pre"  # on a sublayer's input; "post": on its output (OLMo-2); "both" (Gemma 2)
     zero_centred_norm: bool = False  # norms multiply by 1 + their scale (Gemma), of which zeros are the beginning
     final_norm: bool = True
     position: str = "rope"
