@@ -141,6 +141,7 @@ def base() -> ConfigDict:
     optimizer.learning_rate = 3e-4  # at the peak
     optimizer.schedule = "cosine"  # wsd, linear, constant
     optimizer.warmup_steps = 100
+    optimizer.begin = 0  # of a stage: the step at which the schedule begins anew, with its warm-up
     optimizer.final_fraction = 0.1  # learning rate at the end, of the peak
     optimizer.decay_fraction = 0.2  # wsd: fraction of the run that decays
     optimizer.b1 = 0.9
@@ -163,6 +164,7 @@ def base() -> ConfigDict:
     checkpoint.seconds = 0.0  # also when so much time has gone by since the last one; 0 is by steps alone
     checkpoint.keep = 2  # the newest so many
     checkpoint.keep_every = 0  # and for good those of every so many steps; 0 is none
+    checkpoint.keep_best = 0  # and the so many with the lowest validation loss, of those that were evaluated
     checkpoint.retry_seconds = 60.0  # after a save that failed
     c.watchdog = ConfigDict({"seconds": 1800.0})  # without progress that end the process with status 76; 0 is never
     c.eval = ConfigDict({"every": 500, "batches": 20})  # steps; 0 is never, batches -1 is the whole split

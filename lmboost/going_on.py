@@ -108,7 +108,7 @@ def what_begins_again(old: Mapping[str, Any], config: ConfigDict, step: int) -> 
         for name in sorted((ended - going) & now)
     ]
     after = float(schedules.learning_rate(config.optimizer, config.steps)(step))
-    if after > _RISE * rate:
+    if after > _RISE * rate and not config.optimizer.begin:
         remarks.append(
             f"the learning rate rises from {rate:.3g} to {after:.3g} at step {step}: its schedule is that of "
             f"steps={config.steps} now. Where that is not meant, start from the parameters with init.path."

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -274,11 +275,18 @@ def check_numbers(config: ConfigDict, num_devices: int) -> None:
         if (value := configs.flatten(config)[field]) < 1:
             raise UserError(f"{field}={value} must be at least 1.")
     for field in (
-        "checkpoint.seconds", "checkpoint.keep_every", "checkpoint.retry_seconds", "watchdog.seconds", "eval.every",
-        "data.workers", "objective.block_tokens", "seed", "teacher.seq_len",
+        "checkpoint.seconds", "checkpoint.keep_every", "checkpoint.keep_best", "checkpoint.retry_seconds",
+        "watchdog.seconds", "eval.every", "data.workers", "objective.block_tokens", "seed", "teacher.seq_len",
     ):  # fmt: skip
         if not (value := configs.flatten(config)[field]) >= 0:  # a NaN, too
             raise UserError(f"{field}={value} must be at least 0.")
+    both = config.eval.every and math.lcm(config.checkpoint.every, config.eval.every)
+    if config.checkpoint.keep_best and not 0 < both < config.steps and not config.checkpoint.seconds:
+        raise UserError(
+            f"checkpoint.keep_best={config.checkpoint.keep_best}: no step before the last is both saved and evaluated "
+            f"(checkpoint.every={config.checkpoint.every}, eval.every={config.eval.every}): make one a multiple of the "
+            "other."
+        )
     if config.eval.batches < 1 and config.eval.batches != -1:
         raise UserError(f"eval.batches={config.eval.batches} must be at least 1, or -1 for the whole split.")
     sizes = sharding.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, num_devices)
@@ -311,6 +319,11 @@ def _data(config: ConfigDict, student: ModelConfig) -> tuple[loader.DataInfo, lo
 def _check_init(config: ConfigDict) -> None:
     if config.resume.step != -1 and not config.resume.path:
         raise UserError(f"resume.step={config.resume.step}, but resume.path is empty: give the run that it is about.")
+    if config.optimizer.begin and config.init.kind != "continue":
+        raise UserError(
+            f"optimizer.begin={config.optimizer.begin} is for stages, which count on from another run's step "
+            f"(init.kind='continue', here {config.init.kind!r}): leave it 0, where a run begins so does its schedule."
+        )
     start.check(**{name: config.init[name] for name in ("path", "kind", "layers", "fresh")}, growth=config.init.grow)
 
 

@@ -29,8 +29,12 @@ def learning_rate(config, steps: int) -> Schedule:
     cosine (1 + cos(pi x)) / 2; linear 1 - x; wsd stays at 1 and falls linearly over the last `decay_fraction`
     of the run; constant stays at 1. The end is reached after the last step, so none is taken at rate 0.
 
+    With `begin`, all of that is of the run from that step on, as if it were one of so many steps less.
+
     Raises a UserError on an unknown schedule, and on phases that do not fit into the run.
     """
+    if config.begin:
+        return _later(config, steps)
     name = one_of("optimizer.schedule", config.schedule, SCHEDULES)
     peak = number("optimizer.learning_rate", config.learning_rate)
     final = fraction("optimizer.final_fraction", config.final_fraction)
@@ -57,6 +61,19 @@ def learning_rate(config, steps: int) -> Schedule:
         "constant": lambda: optax.constant_schedule(peak),
     }[name]()
     return optax.join_schedules([rise, optax.constant_schedule(peak), fall], [warmup, steps - decay])
+
+
+def _later(config, steps: int) -> Schedule:
+    """The schedule of the steps from `begin` on; before them the rate is that of the first."""
+    if not 0 < config.begin < steps:
+        raise UserError(
+            f"optimizer.begin={config.begin} does not lie in the run: expected 0 to steps - 1 = {steps - 1}, the step "
+            "at which the learning rate is to rise again."
+        )
+    rest = config.copy_and_resolve_references()
+    rest.begin = 0
+    part = learning_rate(rest, steps - config.begin)
+    return lambda step: part(step - config.begin)
 
 
 def stop_step(field: str, stop: float, steps: int) -> int:

@@ -59,7 +59,7 @@ def find(
     """(the stage that a config asks for, the entries of the stages before it).
 
     Raises a UserError where the parent is no run, has not come to its end and no step of it is named, has another
-    tokenizer or optimizer, stands at `steps` or after it, or cannot become the student.
+    tokenizer or optimizer, stands at `steps` or after it or before `optimizer.begin`, or cannot become the student.
     """
     parent = checkpoint.Saved.find(c.init.path, c.init.step, "init.path")
     directory = parent.directory
@@ -86,6 +86,11 @@ def find(
         raise UserError(
             f"steps={c.steps}, but {directory} stands at step {step}: a stage counts on from there, and steps is the "
             "number of the whole chain. Give a larger one."
+        )
+    if c.optimizer.begin > step:
+        raise UserError(
+            f"optimizer.begin={c.optimizer.begin}, but {directory} stands at step {step}: the schedule begins anew "
+            "where a stage begins, or one before it. Set it to at most that."
         )
     if c.init.grow:
         grow.plan(c.init.grow, student.with_sizes(parent.model.sizes), student)

@@ -108,6 +108,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
         asked = Settings(c.steps, run.tokens, spent, c.max_nonfinite, **c.log)
         log = keep(RunLog(asked, log_dir, clock, first))
         part = Parts(watch, clock, log)
+        losses: dict[int, float] = {}  # of validations, by the steps done
 
         def evaluate_at(done: int) -> bool:
             """Validates, if it is due after so many steps; False if it was broken off to stop."""
@@ -116,6 +117,7 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             with part(f"evaluating after step {done}", "evaluate", pause=True):
                 values = validate(state.params["model"], preempted.told if done < c.steps else lambda: False)
             if values is not None:
+                losses[done] = values["val_loss"]
                 log.validation(done, values)
             return values is not None
 
@@ -125,7 +127,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
                 log.check()
                 _keep_manifest(manifest, workdir)
                 cost = {"tokens": run.tokens(done), "flops": run.flops(done)}
-                save(state, done, run.position(done) | {"evaluated": evaluated, "spent": cost}, manifest)
+                position = run.position(done) | {"evaluated": evaluated, "spent": cost}
+                save(state, done, position, manifest, losses.get(done))
             log.saved(done)
 
         def tasks_at(done: int) -> None:
@@ -179,6 +182,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
         save_at(c.steps, checkpointer.finish)
         tasks_at(c.steps)
         log.saved(c.steps)
+        if best := checkpointer.best():
+            say(f"the best checkpoint is that of step {best[0]}, validation loss {best[1]:.4f}")
         say(f"time: {clock.summary()}")
         _check_last(state)
     say(f"finished: {c.steps} steps, checkpoint in {checkpointer.directory / str(c.steps)}")

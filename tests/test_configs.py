@@ -19,6 +19,7 @@ from tests.search.promises import check_cut
 
 # Trained without help, and "nokd", whose only help is the start that the search gives it.
 ALONE = ("plain", "teacher", "reference", "scratch", "double", "shallow", "half_width", "parent", "nokd")
+ALONE += ("one", "three", "six", "linear")
 RECIPES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 

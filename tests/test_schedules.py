@@ -72,11 +72,26 @@ def test_shapes_of_the_learning_rate():
     assert rate("constant")(119) == pytest.approx(1.0)
 
 
+@settings(max_examples=30, deadline=None)
+@given(rates(), st.integers(1, 50))
+def test_a_schedule_that_begins_anew_is_that_of_the_rest_of_the_run(case, begin):
+    c, steps = case
+    whole = schedules.learning_rate(c, steps)
+    c.begin = begin
+    later = schedules.learning_rate(c, steps + begin)
+    for step in {0, c.warmup_steps, steps // 2, steps - 1}:
+        assert later(begin + step) == whole(step)
+    assert later(0) == later(begin)
+
+
 @pytest.mark.parametrize(
     "fields, steps, message",
     [
         ({"schedule": "cosin"}, 10, r"optimizer.schedule='cosin' is not known \(did you mean 'cosine'\?\)"),
         ({"warmup_steps": 11}, 10, "optimizer.warmup_steps=11 does not fit .* 0 to steps=10. Shorten"),
+        ({"begin": 10}, 10, "optimizer.begin=10 does not lie in the run: expected 0 to steps - 1 = 9"),
+        ({"begin": -1}, 10, "optimizer.begin=-1 does not lie in the run"),
+        ({"begin": 8, "warmup_steps": 3}, 10, "warmup_steps=3 does not fit into the run: expected 0 to steps=2"),
         ({"warmup_steps": -1}, 10, "optimizer.warmup_steps=-1 does not fit"),
         ({"warmup_steps": 9, "schedule": "wsd"}, 10, r"warmup_steps=9 and optimizer.decay_fraction=0.2 \(2 steps\)"),
         ({"final_fraction": 1.1}, 200, "optimizer.final_fraction=1.1 is not a fraction"),

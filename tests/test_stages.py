@@ -58,12 +58,15 @@ def test_a_stage_with_nothing_changed_is_the_run_that_was_not_split(tmp_path, ru
 CHANGES = {
     "batch": ["--config.batch_size=16"],
     "row length": ["--config.seq_len=16"],
-    "schedule": ["--config.optimizer.schedule=wsd", "--config.optimizer.decay_fraction=0.3", "--config.steps=10"],
+    "schedule": [
+        "--config.optimizer.schedule=wsd", "--config.optimizer.decay_fraction=0.3", "--config.optimizer.begin=4",
+        "--config.steps=10",
+    ],
     "rotary base": ["--config.model.rope_theta=50000"],
     "data": ["--config.data.train=DATA=0.5,OTHER=0.5"],
     "help": [*helped("PARENT")],
     "depth": ["--config.model.num_layers=4", "--config.init.grow=identity"],
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +163,8 @@ WRONG = {
         "has not come to its end: its last checkpoint is of step 4 of 8. Let it finish, or set init.step=4",
     ),
     "optimizer": (["--config.optimizer.name=lion"], "has the moments of 'adamw': a stage goes on with the same"),
+    "begin": (["--config.optimizer.begin=5"], "optimizer.begin=5, but .* stands at step 4: the schedule begins anew"),
+    "begin alone": (["--config.optimizer.begin=2", "--config.init.kind=copy"], "begin=2 is for stages, which count on"),
     "steps": (["--config.steps=4"], "stands at step 4: a stage counts on from there"),
     "depth": (["--config.model.num_layers=4"], "set it to that, or init.grow to one of stack, interpose, zero"),
     "less": (["--config.model.num_layers=1", "--config.init.grow=zero"], "the parent has 2 layers; give more"),

@@ -26,6 +26,7 @@ class Arm(NamedTuple):
       shuffled: whether the entries of each of the teacher's tensors are drawn anew from among themselves: a control.
       until: the share of the run after which it stands, its learning rate that of the whole one; other runs are stages
         that go on from it.
+      rises: whether the learning rate begins anew where the parent stands, as in a run of the steps that are left.
     """
 
     changes: Changes = {}
@@ -41,6 +42,7 @@ class Arm(NamedTuple):
     answers: dict[str, Any] | None = None
     shuffled: bool = False
     until: float = 1.0
+    rises: bool = False
 
     @property
     def needs(self) -> list[str]:
@@ -299,7 +301,31 @@ def _growth() -> dict[str, Arm]:
     arms |= {f"grow-zero-0.5{schedule}": grown("zero", "two-layers", 0.5, schedule) for schedule in ("-wsd", "-adamw")}
     arms |= {f"grow-one-{kind}-0.5": grown(kind, "one-layer", 0.5) for kind in ("stack", "zero", "identity")}
     helps = {"auto": AUTO, "let": align(stop=0.65), "salt": kd(stop=0.65)}
-    return young | arms | {f"grow-zero-0.5-{n}": grown("zero", "two-layers", 0.5, help=h) for n, h in helps.items()}
+    arms |= {f"grow-zero-0.5-{n}": grown("zero", "two-layers", 0.5, help=h) for n, h in helps.items()}
+    return young | arms | _risen()
+
+
+def _risen() -> dict[str, Arm]:
+    """The same from a shallow run that has come to its end, at a learning rate that rises and falls once more."""
+    ages = {(small, share): f"{small}-x{share:g}" for small in ("one-layer", "two-layers") for share in (0.2, 0.3, 0.5)}
+    young = {arm: Arm(MUON, small, steps_of="student", length=share) for (small, share), arm in ages.items()}
+    adult = {"two-layers-x0.5-adamw": Arm(ADAMW, "two-layers", steps_of="student", length=0.5)}
+
+    def grown(kind: str, parent: str, length: float = 1.0, changes: Changes = MUON, **fields: Any) -> Arm:
+        stage = {"init.kind": "continue", "init.grow": kind}
+        return Arm(changes | stage, parent=parent, length=length, rises=True, **fields)
+
+    arms = {f"rise-{kind}-0.5": grown(kind, "two-layers-x0.5") for kind in ("stack", "interpose", "zero", "random")}
+    arms |= {f"rise-stack-{share:g}": grown("stack", f"two-layers-x{share:g}") for share in (0.2, 0.3)}
+    arms |= {f"rise-one-stack-{share:g}": grown("stack", f"one-layer-x{share:g}") for share in (0.3, 0.5)}
+    arms["rise-stack-0.5-adamw"] = grown("stack", "two-layers-x0.5-adamw", changes=ADAMW)
+    arms["rise-stack-0.5-wsd"] = grown("stack", "young-two-layers-0.5-wsd")
+    arms["rise-stack-0.3-x0.8"] = grown("stack", "two-layers-x0.3", 0.8)
+    helps = {"auto": AUTO, "let": align(stop=0.65), "salt": kd(stop=0.65)}
+    return young | adult | arms | {
+        f"rise-stack-0.5-{name}": grown("stack", "two-layers-x0.5", changes=MUON | help_, teacher="two-layers-x0.5")
+        for name, help_ in helps.items()
+    }  # fmt: skip
 
 
 def _adamw() -> dict[str, Arm]:
@@ -333,7 +359,7 @@ ARMS: dict[str, Arm] = {
     **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
 # These have not read the rows in the others' order, but for what becomes the student.
-NEEDED = {name for arm in ARMS.values() for name in arm.needs if ARMS[name].until == 1}
+NEEDED = {name for arm in ARMS.values() if arm.changes.get("init.kind") != "continue" for name in arm.needs}
 
 LINE = "line.json"  # in the workdir of a run that is finished: what came out of it
 

@@ -59,6 +59,9 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
         c.teacher.path = shuffled(c.teacher.path, f"{workdir}/teacher", seed)
     if arm.parent:  # of a stage the checkpoint that it stands with
         c.init.path = str(workdir_of(out, tier.name, arm.parent, seed))
+    if arm.rises:
+        c.optimizer.begin = checkpoint.Run(c.init.path).steps()[-1]
+        c.optimizer.warmup_steps = round(0.05 * (c.steps - c.optimizer.begin))
     if arm.search:
         return _search(tier, name, seed, c, workdir)
     if arm.winner:

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from lmboost.run import processes
 from lmboost.train_step import TrainState
 
 LAST_ATTEMPTS = 3  # of the save at the end of a run; before the end there is no limit
+_LOSS = "val_loss"  # in the item "metrics" of a checkpoint
 MIN_PIECE_BYTES = 1 << 20  # of an array that several devices write in pieces: each piece costs a compiled program
 
 
@@ -52,9 +54,16 @@ class Checkpointer:
         self._shapes: dict[str, Any] = {}  # of what was saved last
 
     def _open(self) -> None:
+        managers = ocp.checkpoint_managers
+        kept = [managers.LatestN(n=self._c.keep)]
+        if self._c.keep_every:
+            kept.append(managers.EveryNSteps(interval_steps=self._c.keep_every))
+        if self._c.keep_best:
+            best = {"n": self._c.keep_best, "keep_checkpoints_without_metrics": False}
+            kept.append(managers.BestN(get_metric_fn=_goodness, **best))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._c.keep,
-            keep_period=self._c.keep_every or None,
+            preservation_policy=managers.AnyPreservationPolicy(kept),
+            best_fn=_goodness if self._c.keep_best else None,  # or losses are not written
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=600),
         )
@@ -138,10 +147,18 @@ class Checkpointer:
         wished = self._wish.exchange(late or again)
         return wished or done % self._c.every == 0
 
-    def save(self, state: TrainState, done: int, position: dict[str, Any], manifest: dict[str, Any]) -> None:
+    def save(
+        self,
+        state: TrainState,
+        done: int,
+        position: dict[str, Any],
+        manifest: dict[str, Any],
+        loss: float | None = None,
+    ) -> None:
         """Copies the state to the host and returns; the writing goes on meanwhile. A failure is reported.
 
         `position` is where the data stands and `manifest` what the run is, as `Plan` says: JSON, kept beside the state.
+        `loss` is that of the validation after these steps, if there was one: by it the best are kept.
         """
         self._settle()
         if self._saved == done and self._failure is None:
@@ -157,17 +174,18 @@ class Checkpointer:
             self._broken = False
             self._attempt(self._open)
         if not self._broken:
-            self._attempt(lambda: self._manager.save(done, args=items, force=True))
+            metrics = None if loss is None else {_LOSS: loss}
+            self._attempt(lambda: self._manager.save(done, args=items, metrics=metrics, force=True))
 
-    def finish(self, state: TrainState, done: int, position: dict[str, Any], manifest: dict[str, Any]) -> None:
-        """Saves, unless these steps are saved, and waits until it is on disk. Raises a UserError if that fails.
+    def finish(self, state: TrainState, done: int, *what: Any) -> None:
+        """As `save`, unless these steps are saved, and waits until it is on disk. Raises a UserError if that fails.
 
         It is tried LAST_ATTEMPTS times, `retry_seconds` apart.
         """
         for attempt in range(LAST_ATTEMPTS):
             if attempt:
                 time.sleep(self._c.retry_seconds)
-            self.save(state, done, position, manifest)
+            self.save(state, done, *what)
             self._settle()
             if self._failure is None:
                 return
@@ -178,6 +196,11 @@ class Checkpointer:
             f"({self._failure[1]}); {safe}. Make room or mend the disk, and start the same command again: it goes on "
             "from there."
         )
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, validation loss) of the best checkpoint that is kept for it; None where none is."""
+        step = self._manager.best_step() if self._c.keep_best and not self._broken else None
+        return None if step is None else (step, self._manager.metrics(step)[_LOSS])
 
     def _poll(self) -> None:
         """Takes notice of a save in the background that has failed since."""
@@ -235,6 +258,11 @@ class Checkpointer:
             self._manager.close()
         except Exception as error:
             self._fail(error)
+
+
+def _goodness(metrics: dict[str, float]) -> float:
+    """What Orbax keeps the largest of: the lower the loss, the larger; one that is lost is worst."""
+    return -metrics[_LOSS] if math.isfinite(metrics[_LOSS]) else -math.inf
 
 
 def split(state: TrainState) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lmboost.run import checkpointer
 from lmboost.run.checkpointer import Checkpointer
 from lmboost.train_step import init_state
 from tests import runs
-from tests.compare import assert_same
+from tests.compare import assert_same, losses
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see below
 
@@ -162,6 +162,23 @@ def steps(workdir):
 def test_the_newest_are_kept_and_some_for_good(tmp_path, recipe, data):
     runs.run(recipe, tmp_path, data, "--config.checkpoint.every=1", "--config.checkpoint.keep_every=3")
     assert steps(tmp_path) == [3, 6, 7, 8]
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path, recipe, data, capsys):
+    """At a rate that is too high the loss rises from some step on."""
+    flags = ("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=1", "eval.every=1")
+    flags = [f"--config.{flag}" for flag in (*flags, "optimizer.learning_rate=0.3", "optimizer.warmup_steps=4")]
+    runs.run(recipe, tmp_path, data, *flags)
+    known = losses(tmp_path, "val_loss")
+    best = min(range(1, 9), key=known.get)
+    assert best < 8 and steps(tmp_path) == [best, 8]
+    said = f"the best checkpoint is that of step {best}, validation loss {known[best]:.4f}"
+    assert said in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoints" / "8")
+    runs.run(recipe, tmp_path, data, *flags)
+    assert said in capsys.readouterr().out and steps(tmp_path) == [best, 8]
+    with pytest.raises(UserError, match="keep_best=1: no step before the last is both saved and evaluated"):
+        runs.run(recipe, tmp_path, data, *flags, "--config.eval.every=8")
 
 
 def test_saves_by_the_clock(tmp_path, recipe, data):
