@@ -29,6 +29,7 @@ import tokenizers
 from benchmarks.reports import HOME
 from lmboost import config, optimizers, plan, sharding, train
 from lmboost.data import loader, prepare, sources, tokenizer
+from lmboost.data.retokenize import Retokenizer
 from lmboost.errors import count, run_flags
 from lmboost.train_step import init_state, jit_train_step
 
@@ -92,12 +93,18 @@ def preparing(where: pathlib.Path, path: pathlib.Path, documents: list[str], rou
     return np.array(shares)
 
 
-def reading(data: pathlib.Path, rounds: int) -> np.ndarray:
-    """Millions of tokens that the loader makes into batches in a second of a core, by round."""
+def reading(data: pathlib.Path, rounds: int, other: pathlib.Path | None = None) -> np.ndarray:
+    """Millions of tokens that the loader makes into batches in a second of a core, by round.
+
+    other: a helper's tokenizer, in which the batches have the same rows once more.
+    """
     source, speeds = loader.Loader(str(data), "train", TOKENS), []
+    makers = [Retokenizer("teacher", source.info.tokenizer_path, str(other), 2 * TOKENS)] if other else []
     for at in range(rounds):
         began = time.process_time()
-        for _ in source.batches(lambda step: (step * ROWS, ROWS), at * BATCHES, (at + 1) * BATCHES):
+        for _ in source.batches(
+            lambda step: (step * ROWS, ROWS), at * BATCHES, (at + 1) * BATCHES, retokenizers=makers
+        ):
             pass
         speeds.append(ROWS * TOKENS * BATCHES / 1e6 / (time.process_time() - began))
     return np.array(speeds)
@@ -198,12 +205,15 @@ def main(rounds: int, result: str) -> None:
         where, documents = pathlib.Path(temporary), texts()
         jax.config.update("jax_compilation_cache_dir", str(where / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        for library, path in make_tokenizers(where, documents).items():
+        made = make_tokenizers(where, documents)
+        for library, path in made.items():
             shares = preparing(where / library, path, documents, rounds)
             add(f"speed of `prepare` over {library} alone, on a core", shares, "{:.0%}", "goal 90%")
         data = where / "SentencePiece" / "data0"
         speeds = reading(data, rounds)
         add("tokens in batches that a core makes in a second", speeds, "{:.1f} million", "goal 2 million")
+        speeds = reading(data, rounds, made["tokenizers"])
+        add("the same with the rows of a teacher of the other tokenizer", speeds, "{:.2f} million", "")
         loop = looping(data, where, rounds)
         add("speed of the loop over that of the step alone", loop, "{:.3f}", "goal 0.98")
         starts = starting(data, where, rounds)

@@ -49,7 +49,7 @@ def base() -> ConfigDict:
     init.fresh = ""  # parts that start at random: embedding, positions, final_norm, head (comma between them)
 
     c.teacher = teacher = ConfigDict()
-    teacher.path = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub
+    teacher.path = ""  # a run directory, a checkpoint, or hf:DIR for one of the Hugging Face Hub; of any tokenizer
     teacher.step = -1  # of a run: which checkpoint; -1 is the last
     teacher.dtype = "bfloat16"  # of its parameters and compute
     # "int8" or "float8": its layers multiply numbers of 8 bits, with a scale for each token and for each output; those
@@ -98,6 +98,7 @@ def base() -> ConfigDict:
 
     # stop=auto: help is held while the teacher is ahead on the labels, as much as it is; in nats per token.
     objective.auto = auto = ConfigDict()
+    # Of a teacher of another tokenizer it is the lead on the same text, for each of the student's tokens.
     auto.full = 1.0  # lead from which on help has its full weight
     auto.end = 0.25  # lead below which it has ended, for good
     auto.smoothing = 0.95  # of the lead from step to step

@@ -7,6 +7,7 @@ counted, so a utilisation computed from them is MFU in the sense of PaLM (arXiv 
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from lmboost.models.layer_kinds import KINDS
 from lmboost.models.model_config import ModelConfig
 
 # Dense bfloat16 FLOP/s of one jax device, by the start of its `device_kind`. Vendors' specifications:
@@ -35,7 +36,7 @@ def forward_flops(config: ModelConfig, seq_len: int, num_layers: int | None = No
         sum over layers of (2 * (2 D H N + 2 D K N + m D F) + 4 H N s) + 2 D V
 
     with m = 3 for a gated MLP, else 2. The first part is the projections, the second the two attention products
-    over the s positions that a token sees on average (T / 2, or W - W^2 / 2T with a sliding window W < T), the last
+    over the s positions that a token sees on average (T / 2, or W - W^2 / 2T in a layer with a window W < T), the last
     the vocabulary projection. Looking an embedding up, norms and nonlinearities are not
     counted. Documents packed into a row count as one.
 
@@ -44,9 +45,10 @@ def forward_flops(config: ModelConfig, seq_len: int, num_layers: int | None = No
       vocabulary: whether the vocabulary projection is computed.
     """
     c, total = config, 0.0
-    window = min(c.sliding_window or seq_len, seq_len)
-    for heads, kv_heads, head_dim, mlp_dim in c.sizes[:num_layers]:
-        projections = 2 * (heads + kv_heads) * head_dim + (3 if c.mlp == "silu_gated" else 2) * mlp_dim
+    windows = [c.sliding_window if KINDS[kind].windowed else 0 for kind in c.kinds]
+    for (heads, kv_heads, head_dim, mlp_dim), window in list(zip(c.sizes, windows, strict=True))[:num_layers]:
+        window = min(window or seq_len, seq_len)
+        projections = 2 * (heads + kv_heads) * head_dim + (3 if c.is_gated else 2) * mlp_dim
         total += 2 * c.d_model * projections + 4 * heads * head_dim * (window - window**2 / (2 * seq_len))
     return total + (2 * c.d_model * c.vocab_size if vocabulary else 0)
 

@@ -122,7 +122,8 @@ def _decode(program: Program, params, state: State, until, ended_Bx1) -> State:
 
 def _append(program: Program, params, state: State, h_BxD) -> State:
     """The state with one more token, drawn from the last hidden state."""
-    logits_BxV = vocabulary.project(h_BxD, vocabulary.Head(transformer.head(params), program.vocab_size))
+    head = vocabulary.Head.of(program.model, params)._replace(vocab_size=program.vocab_size)
+    logits_BxV = vocabulary.project(h_BxD, head)
     logits_BxV = sharding.constrain(logits_BxV, ("batch", None))
 
     def draw(logits_BxV, keys_Bx2):

@@ -74,7 +74,7 @@ def _score(model: ModelConfig, block_tokens: int, params, rows: Mapping[str, jax
         better = (logits > least) | ((logits == least) & (ids < labels))
         return None, (label_logits - jax.nn.logsumexp(logits, axis=-1), ~jnp.any(better, axis=-1))
 
-    head = vocabulary.Head(transformer.head(params), model.vocab_size).laid_out(h_BxCxD.dtype)
+    head = vocabulary.Head.of(model, params).laid_out(h_BxCxD.dtype)
     _, found = vocabulary.over_blocks(one_block, head, h_BxCxD, rows["targets"], block_tokens)
     return tuple(sharding.constrain(x, (None, None)) for x in found)
 
@@ -251,7 +251,8 @@ class LanguageModel(TemplateLM):
             arrays["tokens"][i, : len(tokens)], arrays["lengths"][i] = tokens, len(tokens)
             arrays["targets"][i, : len(targets)], arrays["places"][i, : len(places)] = targets, places
         m = self._model
-        kernel = attention.resolve("auto", jax.default_backend(), length, m.head_dims, m.dtype)
+        backend, soft = jax.default_backend(), bool(m.attn_softcap)
+        kernel = attention.resolve("auto", backend, length, m.head_dims, m.dtype, softcap=soft)
         model = dataclasses.replace(m, attention=kernel, remat="none")
         return _score(model, self._block_tokens, self.params, sharding.put_rows(arrays, self._mesh))
 

@@ -93,7 +93,7 @@ def find(
             "where a stage begins, or one before it. Set it to at most that."
         )
     if c.init.grow:
-        grow.plan(c.init.grow, student.with_sizes(parent.model.sizes), student)
+        grow.plan(c.init.grow, student.with_layers(parent.model.sizes, parent.model.kinds), student)
         if c.optimizer.name == "adafactor":
             raise UserError("init.grow: the statistics of optimizer.name='adafactor' can't be given to more layers.")
     elif parent.model.num_layers != student.num_layers:

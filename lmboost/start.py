@@ -91,7 +91,8 @@ def from_stage(
     shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)  # noqa: E731
     there, params = checkpoint.tree_metadata(directory, "training"), {"model": shapes(fresh.params["model"])}
     if c.init.grow:
-        parent = student.with_sizes(Saved.find(stage.directory).model.sizes)
+        layers = Saved.find(stage.directory).model
+        parent = student.with_layers(layers.sizes, layers.kinds)
         growth = grow.plan(c.init.grow, parent, student)
         params = {"model": jax.eval_shape(lambda: transformer.init(parent, jax.random.key(0)))}
     params |= {"align": shapes(there["align"])} if "align" in there else {}

@@ -75,8 +75,8 @@ def find(
         )
     saved = Saved.find(path, step, field)
     retokenizer = None
-    if path := _other_tokenizer(saved, data):
-        retokenizer = _retokenizer(saved, data, str(path), name, seq_len, own_seq_len)
+    if tokenizer := _other_tokenizer(saved, data):
+        retokenizer = _retokenizer(saved, data, tokenizer, name, seq_len, own_seq_len)
     elif own_seq_len:
         raise UserError(
             f"teacher.seq_len={own_seq_len}: the model of {field} reads the data's own tokens, in rows of seq_len="
@@ -104,11 +104,11 @@ def _retokenizer(saved: Saved, data: DataInfo, path: str, name: str, seq_len: in
     """What makes the rows of a helper with the tokenizer in `path`; says what is measured on the data's first rows."""
     where = f"{saved.field}={saved.path!r}"
     saved.model.check_positions(own_seq_len, "teacher.seq_len", f"the model of {where}")
-    for field, each in (("data.train", data.tokenizer_path), (where, path)):
+    for each, remedy in ((data.tokenizer_path, "Prepare the data with the model's."), (path, "Choose another model.")):
         try:
             bytes_of.load(each)
         except UserError as error:
-            raise UserError(f"{field} has another tokenizer than its helper or its data, and {error}") from error
+            raise UserError(f"{where} has another tokenizer than the data, but {error} {remedy}") from error
     found = retokenize.measure(_first_rows(data, seq_len), data.tokenizer_path, path)
     if found.same < 0.5:
         raise UserError(
@@ -116,8 +116,9 @@ def _retokenizer(saved: Saved, data: DataInfo, path: str, name: str, seq_len: in
             "rows lie before or after what it changes, and only these can be helped with. Choose a model whose "
             "tokenizer leaves text as it is."
         )
-    most = saved.model.max_seq_len if saved.model.position == "learned" else found.longest + _MULTIPLE
-    length = own_seq_len or min(-(-found.longest // _MULTIPLE) * _MULTIPLE, most)
+    length = own_seq_len or -(-found.longest // _MULTIPLE) * _MULTIPLE
+    if saved.model.position == "learned":
+        length = min(length, saved.model.max_seq_len)
     say(f"{name}: reads the text in its own tokens, {found.ratio:.2f} for each of the data's, in rows of {length}")
     for there, what in (
         (found.longest > length, f"rows have up to {found.longest} of its tokens, and are cut: help ends there"),

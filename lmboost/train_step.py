@@ -167,7 +167,7 @@ def make_eval_step(student: ModelConfig, block_tokens: int) -> Callable[[Any, Ba
 
     def step_fn(params, batch):
         h, _ = _forward(student, params, batch)
-        head = Head(transformer.head(params), student.vocab_size)
+        head = Head.of(student, params)
         sums = blend(h, head, batch["targets"], batch["weights"], block_tokens=block_tokens)
         return sums.ce, sums.count
 
@@ -214,7 +214,7 @@ def _chunks(program: Program, teacher, batch: Batch, h, head: Head, h_teacher) -
     """The losses of student and teacher on the chunks of text that both have ends of tokens around."""
     name, block_tokens = program.teacher_rows, program.objective.block_tokens
     own = chunks.label_losses(h, head, batch["targets"], block_tokens)
-    head = Head(transformer.head(teacher), program.teacher.vocab_size)
+    head = Head.of(program.teacher, teacher)
     theirs = chunks.label_losses(h_teacher, head, batch[f"{name}_targets"], block_tokens)
     return Chunks.of(own, batch[f"{name}_chunks"], theirs, batch[f"{name}_own_chunks"])
 
@@ -227,7 +227,7 @@ def _soft_targets(program: Program, helpers: Mapping[str, Any], batch: Batch, h_
     if program.known:
         names = ("soft_ids", "soft_values", "soft_rest", "teacher_loss")
         return CachedTargets(*(batch[name] for name in names), program.known.labels, kd)
-    return SoftTargets(h_teacher, transformer.head(helpers["teacher"]), program.teacher.vocab_size, kd)
+    return SoftTargets.of(h_teacher, Head.of(program.teacher, helpers["teacher"]), kd)
 
 
 def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], batch: Batch, step, helping):
@@ -242,7 +242,7 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
         fixed = jax.lax.stop_gradient(maps.get(str(s)))
         taps[s] = align.tap(target, guided, objective.align, helping["align"], probes[str(s)], fixed)
     h, captured = _forward(student, params["model"], batch, capture=guides, taps=taps)
-    head = Head(transformer.head(params["model"]), student.vocab_size)
+    head = Head.of(student, params["model"])
     coefficients, soft, common = Coefficients(z=objective.z_loss), None, None
     if "kd" in program.helps:
         kd = helping["kd"]
@@ -278,7 +278,7 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
 
 def _teacher_loss(program: Program, params, h_teacher, batch: Batch) -> jax.Array:
     """The sum of the teacher's cross-entropy on the labels."""
-    head, block_tokens = Head(transformer.head(params), program.teacher.vocab_size), program.objective.block_tokens
+    head, block_tokens = Head.of(program.teacher, params), program.objective.block_tokens
     return blend(h_teacher, head, batch["targets"], batch["weights"], block_tokens=block_tokens).ce
 
 
@@ -381,7 +381,7 @@ def _select(program: Program, params, candidates: Batch) -> tuple[dict[str, jax.
     def score(part):
         part = _rows_of(part, program.scorer_rows)
         h, _ = _forward(scorer, params, part)
-        head = Head(transformer.head(params), scorer.vocab_size)
+        head = Head.of(scorer, params)
         return select.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens)
 
     if program.known:

@@ -142,3 +142,17 @@ def teacher(shared, recipe, data):
         return f"--config.teacher.path={directory / 'run'}"
 
     return shared("teacher", train)
+
+
+@pytest.fixture(scope="session")
+def other(shared, recipe):
+    """The flag that gives a tiny run a trained helper whose tokenizer is another one than that of `data`."""
+    from tests import hub, runs
+
+    def train(directory):
+        text = runs.write_data(directory, tokenizer=str(hub.write_tokenizer(directory / "tokenizer")))
+        small = ("--config.model.num_layers=1", "--config.model.d_model=16", "--config.eval.every=0")
+        runs.run(recipe, directory / "run", f"--config.data.train={text}", *small)
+        return f"--config.teacher.path={directory / 'run'}"
+
+    return shared("other", train)

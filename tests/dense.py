@@ -63,7 +63,9 @@ def forward(config, params, batch, capture=()):
     h, captured = transformer.apply(
         config, params, batch["tokens"], batch["segment_ids"], batch["positions"], capture=capture
     )
-    return (h @ transformer.head(params))[..., : config.vocab_size], h, captured
+    logits = (h @ transformer.head(params))[..., : config.vocab_size]
+    cap = config.logit_softcap
+    return cap * jnp.tanh(logits / cap) if cap else logits, h, captured
 
 
 def loss(params, teacher_params, batch, student, teacher, kd, weight, ce_weight, z_loss, align=None, lam=0.0):

@@ -9,7 +9,7 @@ import tokenizers
 from lmboost import sharding
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.hf import files, writer
-from lmboost.models import transformer
+from lmboost.models import transformer, vocabulary
 from lmboost.models.model_config import ModelConfig
 
 VOCAB = 301  # of the models: no multiple of anything
@@ -87,6 +87,6 @@ def logits(model: ModelConfig, params, tokens: np.ndarray) -> np.ndarray:
     def run(params, tokens):
         positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
         h, _ = transformer.apply(model, params, tokens, np.ones(tokens.shape, np.int32), positions)
-        return h @ transformer.head(params)
+        return vocabulary.project(h, vocabulary.Head.of(model, params))
 
     return np.asarray(jax.jit(run)(params, tokens))[..., : model.vocab_size]

@@ -28,6 +28,7 @@ MODELS = {name: tiny(model, layers=2) for name, model in PRESETS.items()} | {
     "biases": dataclasses.replace(LEARNED, **BIASES, norm="layernorm"),
     "tied": dataclasses.replace(LEARNED, tie_embeddings=True, final_norm=False),
     "unequal": dataclasses.replace(PLAIN, **BIASES, qk_norm="head", layer_sizes="12/6/8/80,6/6/8/32"),
+    "both": dataclasses.replace(PLAIN, norm_placement="both", norm="layernorm"),
     "post": dataclasses.replace(PLAIN, norm_placement="post", qk_norm="full"),
 } | {f"norm {norm}": dataclasses.replace(PLAIN, norm=norm) for norm in NORMS} | {
     f"mlp {mlp}": dataclasses.replace(PLAIN, mlp=mlp, mlp_bias=True) for mlp in MLPS
@@ -42,6 +43,8 @@ LAYOUT = {
     "head": P("fsdp", "tensor"),
     "layers/attn_norm/scale": P(None),
     "layers/attn_norm/bias": P(None),
+    "layers/attn_post_norm/scale": P(None),
+    "layers/attn_post_norm/bias": P(None),
     "layers/attn/q/kernel": P("fsdp", "tensor", None),
     "layers/attn/q/bias": P("tensor", None),
     "layers/attn/k/kernel": P("fsdp", "tensor", None),
@@ -54,6 +57,8 @@ LAYOUT = {
     "layers/attn/o/bias": P(None),
     "layers/mlp_norm/scale": P(None),
     "layers/mlp_norm/bias": P(None),
+    "layers/mlp_post_norm/scale": P(None),
+    "layers/mlp_post_norm/bias": P(None),
     "layers/mlp/up/kernel": P("fsdp", "tensor"),
     "layers/mlp/up/bias": P("tensor"),
     "layers/mlp/gate/kernel": P("fsdp", "tensor"),

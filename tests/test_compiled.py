@@ -13,6 +13,7 @@ import pytest
 
 from lmboost import sharding
 from lmboost.data import scored, windows
+from lmboost.data.retokenize import Retokenizer
 from lmboost.data.scored import Parts, SoftLabels, State
 from lmboost.models import transformer
 from lmboost.models.model_config import ModelConfig
@@ -35,10 +36,14 @@ OBJECTIVE = Objective(
     block_tokens=64,
 )
 HELPS = frozenset({"kd", "align", "select"})
+OTHERS = [((2, 2, 2), {"disk": True}), ((2, 2, 2), {"other": True})]
 
 
-def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3, disk=False):
-    """The lowered train step on abstract arguments laid out on `mesh`; with help from disk, or from models."""
+def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3, disk=False, other=False):
+    """The lowered train step on abstract arguments laid out on `mesh`; with help from disk, or from models.
+
+    other: the models read other tokens, in rows of their own.
+    """
     student, teacher = (dataclasses.replace(m, attention=attention) for m in (student, TEACHER))
     tx = optax.adamw(1e-3)
 
@@ -52,10 +57,14 @@ def lower(mesh, rows, tokens, attention, student=STUDENT, rate=1e-3, disk=False)
         params = place(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params))
         labels, state_ = SoftLabels("best", 10, 1.0, student.vocab_size, 10), State(1, teacher.d_model, 8)
         known = Parts(tokens, labels, True, scored.Selection(10, "drop"), (state_,)) if disk else None
-        batch = sharding.batch_like(windows.batch_of([], 1, tokens, known and known.like(1)), rows, mesh)
+        batch = windows.batch_of([], 1, tokens, known and known.like(1))
+        batch |= Retokenizer("teacher", "", "", 2 * tokens).padded(1, tokens) if other else {}
+        batch = sharding.batch_like(batch, rows, mesh)
         basis = jax.ShapeDtypeStruct((teacher.d_model, 8), jnp.float32, sharding=sharding.replicated(mesh))
         helpers = {"targets": {"1": basis}} if disk else {"teacher": params, "scorer": params}
-        program = Program(student, OBJECTIVE, HELPS, teacher, teacher, known=known)
+        objective = dataclasses.replace(OBJECTIVE, kd=Distillation()) if other else OBJECTIVE
+        names = dict.fromkeys(("teacher_rows", "scorer_rows"), "teacher" if other else "")
+        program = Program(student, objective, HELPS, teacher, teacher, known=known, **names)
         step = make_train_step(program, tx, lambda s: rate)
         return jax.jit(step, donate_argnums=0).lower(state, helpers, batch)
 
@@ -77,27 +86,28 @@ def topology_mesh(sizes):
     return sharding.make_mesh(*sizes, devices=devices)
 
 
-@pytest.mark.parametrize("sizes, disk", [((1, 1, 1), False), ((2, 2, 2), False), ((2, 2, 2), True)])
-def test_no_array_of_all_logits_on_cpu(sizes, disk):
+@pytest.mark.parametrize("sizes, changes", [((1, 1, 1), {}), ((2, 2, 2), {}), *OTHERS])
+def test_no_array_of_all_logits_on_cpu(sizes, changes):
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     rows, tokens = 4 * sharding.batch_shards(mesh), 128
-    text = lower(mesh, 2 * rows, tokens, "xla", disk=disk).compile().as_text()
+    text = lower(mesh, 2 * rows, tokens, "xla", **changes).compile().as_text()
     assert largest_array(text) < rows // sharding.batch_shards(mesh) * tokens * STUDENT.vocab_size / sizes[2]
 
 
 @pytest.mark.parametrize(
-    "sizes, attention, disk",
+    "sizes, attention, changes",
     [
-        ((8, 1, 1), "splash", False),
-        ((2, 2, 2), "splash", False),
-        ((1, 8, 1), "xla", False),
-        ((2, 2, 2), "splash", True),
+        ((8, 1, 1), "splash", {}),
+        ((2, 2, 2), "splash", {}),
+        ((1, 8, 1), "xla", {}),
+        ((2, 2, 2), "splash", {"disk": True}),
+        ((2, 2, 2), "splash", {"other": True}),
     ],
 )
-def test_no_array_of_all_logits_on_tpu(sizes, attention, disk):
+def test_no_array_of_all_logits_on_tpu(sizes, attention, changes):
     mesh = topology_mesh(sizes)
     rows, tokens = 4 * sharding.batch_shards(mesh), 128
-    text = lower(mesh, 2 * rows, tokens, attention, disk=disk).compile().as_text()
+    text = lower(mesh, 2 * rows, tokens, attention, **changes).compile().as_text()
     assert largest_array(text) < rows // sharding.batch_shards(mesh) * tokens * STUDENT.vocab_size / sizes[2]
 
 

@@ -109,3 +109,17 @@ def test_help_that_ends_by_itself_ends_at_the_same_step(tmp_path, recipe, data, 
     ended = losses(tmp_path / "one", "help_ended")
     assert ended == losses(tmp_path / "two", "help_ended") and 4 < len(ended) < 14
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_processes_read_the_same_rows_of_another_tokenizer(tmp_path, recipe, data, other):
+    for count in (1, 2):
+        arguments = (f"{recipe}:helped", tmp_path / f"run{count}", data, other, "--config.data.workers=1")
+        finish(runs.launch(count, 8 // count, *arguments, record=tmp_path / f"batches{count}"))
+    one, two = (record.read(tmp_path / f"batches{count}") for count in (1, 2))
+    assert sorted(one) == sorted(two) == list(range(8))
+    for step, batch in one.items():
+        assert ("teacher_chunks" in batch) == (step < 4), "while the teacher helps"
+        for name, rows in batch.items():
+            np.testing.assert_array_equal(two[step][name], rows, err_msg=f"{name} of step {step}")
+    assert losses(tmp_path / "run2") == pytest.approx(losses(tmp_path / "run1"), rel=1e-4)

@@ -175,20 +175,6 @@ def test_padding_and_accumulation_change_nothing():
 # ---------------------------------------------------------------------- whole runs
 
 
-@pytest.fixture(scope="session")
-def other(shared, recipe):
-    """The flag that gives a tiny run a trained helper that reads other tokens than `data`."""
-
-    def train(directory):
-        tokenizer = hub.write_tokenizer(directory / "tokenizer")
-        data = runs.write_data(directory, tokenizer=str(tokenizer))
-        small = ("--config.model.num_layers=1", "--config.model.d_model=16", "--config.eval.every=0")
-        runs.run(recipe, directory / "run", f"--config.data.train={data}", *small)
-        return str(directory / "run")
-
-    return "--config.teacher.path=" + shared("other", train)
-
-
 def test_a_run_with_every_help_of_other_tokens_goes_on_exactly(home, recipe, data, other):
     arguments = (f"{recipe}:helped", home / "whole", data, other)
     whole = runs.run(*arguments, "--config.checkpoint.keep=9")

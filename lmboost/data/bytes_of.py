@@ -6,6 +6,7 @@ byte. Other kinds (WordPiece, words with a mark at their end) do not say which b
 
 import functools
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,10 +46,14 @@ class Pieces:
         return b"".join(map(self.table.__getitem__, ids.tolist()))
 
 
-@functools.lru_cache(maxsize=8)
 def load(path: str) -> Pieces:
     """Those of the tokenizer that `tokenizer.load` finds in `path`; read once by each process."""
-    return Pieces(tokenizers.load(path))
+    with _LOADING:  # the loader's threads ask for it at the same time
+        return _load(path)
+
+
+_LOADING = threading.Lock()
+_load = functools.lru_cache(maxsize=8)(lambda path: Pieces(tokenizers.load(path)))
 
 
 def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
@@ -79,7 +84,7 @@ def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
         found = ", ".join([str(model.get("type")), *sorted(kinds), *marks])
         raise UserError(
             f"tokenizer {tokenizer.path} does not say which bytes its tokens are (it has {found}): expected byte-level "
-            "BPE, or tokens with U+2581 for a space. Choose a model with such a tokenizer."
+            "BPE, or tokens with U+2581 for a space."
         )
     added = {token["content"] for token in file.get("added_tokens", ())}
     in_model = {piece[0] if isinstance(piece, list) else piece for piece in model.get("vocab", ())}

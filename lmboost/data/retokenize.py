@@ -121,18 +121,21 @@ def _equal(a: np.ndarray, b: np.ndarray) -> int:
 def compare(own: Tokens, other: Tokens, changed: Sequence[tuple[int, int]]) -> Map:
     """What the row has in common with that of another tokenizer.
 
-    changed: (first, last) places of each span that the other one has changed; a chunk that touches one is none.
+    changed: (first, last) places of each span that the other one has changed; a chunk that touches one is none. Where
+      it has put something between two bytes these are the same place, and touched on both sides.
     """
     index = np.searchsorted(other.ends, own.ends, "right") - 1
     there = index >= 0
     there[there] = other.segments[index[there]] == own.segments[there]
-    shared = np.intersect1d(own.ends, other.ends[other.exact])
+    # Both are in order, so no sorting is needed to find what is in both.
+    ends, theirs = own.ends[np.diff(own.ends, prepend=-1) > 0], other.ends[other.exact]
+    shared = ends[np.searchsorted(theirs, ends, "left") < np.searchsorted(theirs, ends, "right")]
     segments = own.segments[np.searchsorted(own.ends, shared)]
     closes = np.concatenate([np.zeros(min(len(shared), 1), bool), segments[1:] == segments[:-1]])
     begins = np.concatenate([shared[:1], shared[:-1]])
     for low, high in changed:
         there &= (own.ends <= low) | (own.ends >= high)
-        closes &= (begins >= max(high, low + 1)) | (shared <= low)
+        closes &= (begins >= max(high, low + 1)) | (shared <= min(low, high - 1))
     # One more, for tokens that end after all that is shared.
     numbers = np.concatenate([np.cumsum(closes) * closes, [0]])
     chunks, other_chunks = (numbers[np.searchsorted(shared, ends, "left")] for ends in (own.ends, other.ends))
@@ -163,12 +166,17 @@ class Retokenizer:
             there is none, or its place is beyond a row that was cut.
           chunks, own_chunks: int32 [B, T] and [B, U]; of each target the number of its chunk in the row, from 1, or 0.
         """
+        batch = self.padded(batch_size, seq_len)
+        for row, both in enumerate(self.read(windows)):
+            _fill({name.removeprefix(f"{self.name}_"): value[row] for name, value in batch.items()}, *both)
+        return batch
+
+    def padded(self, batch_size: int, seq_len: int) -> Batch:
+        """As `rows`, of no window at all."""
         whole, theirs = (batch_size, seq_len), (batch_size, self.seq_len)
         batch = {name: np.zeros(theirs, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
         batch |= {"own_chunks": np.zeros(theirs, np.int32), "chunks": np.zeros(whole, np.int32)}
         batch |= {"index": np.full(whole, -1, np.int32), "weights": np.zeros(theirs, np.float32)}
-        for row, both in enumerate(self.read(windows)):
-            _fill({name: value[row] for name, value in batch.items()}, *both)
         return {f"{self.name}_{name}": value for name, value in batch.items()}
 
     def read(self, windows: Sequence[Window]) -> list[tuple[Tokens, Tokens, list[tuple[int, int]]]]:

@@ -29,36 +29,31 @@ _HARMLESS = frozenset(
     num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size num_return_sequences remove_invalid_values suppress_tokens
     begin_suppress_tokens bad_words_ids exponential_decay_length_penalty is_llama_config transformers.js_config
-    unsloth_fixed unsloth_version
+    unsloth_fixed unsloth_version cache_implementation resid_pdrop embd_pdrop
     """.split()
 )
 # Keys that may be null although they have another value where they are absent.
-_NULLABLE = ("sliding_window", "num_key_value_heads", "head_dim")
+_NULLABLE = (
+    "sliding_window", "num_key_value_heads", "head_dim", "hidden_activation", "attn_logit_softcapping",
+    "final_logit_softcapping", "use_bidirectional_attention", "layer_types",
+)  # fmt: skip
 # What the decoder lacks for some others, by model_type.
 _LACKS = {
-    "gemma": "embeddings scaled by the width, norms with weight + 1, a GELU gate",
-    "gemma2": "logit soft-capping, norms on both sides of a sublayer, windows in every other layer",
     "gpt_neo": "windows in every other layer, unscaled attention",
     "gptj": "rotary positions of interleaved pairs, one norm for attention and MLP",
     "falcon": "keys and values fused with queries group by group, one norm for attention and MLP",
     "phi": "one norm for attention and MLP, a bias of the head",
-    "phi3": "fused projections, longrope positions",
     "stablelm": "LayerNorm with a gated MLP",
     "gpt_oss": "mixture of experts, attention sinks, windows in every other layer",
     "deepseek_v3": "latent attention, mixture of experts",
     "olmo": "norms without weights",
-    "olmo3": "windows in some layers",
-    "smollm3": "layers without rotary positions",
-    "granite": "multipliers of embeddings, residuals and logits",
     "cohere": "rotary positions of interleaved pairs, a logit scale",
     "mamba": "state-space layers",
     "t5": "an encoder",
     "bert": "attention to later tokens",
     **dict.fromkeys(("bloom", "mpt"), "ALiBi positions"),
     **dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe", "olmoe"), "mixture of experts"),
-    **dict.fromkeys(
-        ("gemma3", "gemma3_text"), "norms on both sides of a sublayer, two rotary bases, windows in some layers"
-    ),
+    **dict.fromkeys(("gemma3", "gemma3n"), "an encoder of images; its text model alone would do, as gemma3_text"),
 }
 
 

@@ -9,7 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lmboost.errors import UserError
-from lmboost.models.model_config import ModelConfig
+from lmboost.models.model_config import NEUTRAL, LayerSizes, ModelConfig
+
+# Fields that `hf.rope` writes for every family that has rotary positions.
+_ROTARY = {
+    f.name for f in dataclasses.fields(ModelConfig) if f.name.startswith("rope_") and f.name != "rope_local_theta"
+}
 
 
 class Keys:
@@ -20,6 +25,9 @@ class Keys:
 
     def __getitem__(self, key: str) -> Any:
         return self._values[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
 
     def need(self, key: str, *expected: Any) -> None:
         """Raises a UserError where the key has a value for which the decoder has no switch."""
@@ -32,6 +40,23 @@ class Keys:
 
 
 @dataclasses.dataclass(frozen=True)
+class Values:
+    """Values that a switch can have, where they are not listed: what they are in words, and whether one is of them."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+    def __contains__(self, value: Any) -> bool:
+        return self.holds(value)
+
+    def __str__(self) -> str:
+        return self.words
+
+
+ANYTHING = Values("anything", lambda value: True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """An architecture of transformers.
 
@@ -40,8 +65,10 @@ class Family:
         None stands for one that may be absent; KINDS says of what type.
       names: the keys that are fields of a ModelConfig under another name.
       read, write: the other fields from config.json, and the other keys from a ModelConfig.
-      switches: fields of a ModelConfig, and the values that they can have in this family.
+      switches: fields of a ModelConfig, and the values that they can have in this family. Of those that are neither
+        here nor in `names` the default alone, but for sizes and what says how rotary positions turn.
       equal: pairs of fields that are equal in this family.
+      follows: fields that are what the others make them.
       heads: what must hold of their number, as in `surgery.widen.wide_config`; models are filled up with zeros for it.
       prefix: of the names of tensors; files of the bare model leave it out.
       tensors: (name, layout, parameters), as in `weights.Layout`; "*" counts the layers. Those whose parameters a
@@ -58,6 +85,7 @@ class Family:
     prefix: str
     tensors: tuple[tuple[str, str, tuple[str, ...]], ...]
     equal: tuple[tuple[str, str], ...] = ()
+    follows: Mapping[str, Callable[[ModelConfig], Any]] = dataclasses.field(default_factory=dict)
     heads: str = "any"
 
     def model(self, keys: Keys, dtype: str) -> ModelConfig:
@@ -71,10 +99,17 @@ class Family:
 
     def misfits(self, model: ModelConfig) -> list[str]:
         """What of a model this family can't express, in the words of the model's config."""
+        free = {*NEUTRAL, *LayerSizes._fields, "layer_sizes", *self.names.values()} | _ROTARY
+        fields = {f.name: (f.default,) for f in dataclasses.fields(ModelConfig) if f.name not in free} | self.switches
         out = [
-            f"{name}={getattr(model, name)!r} (expected {' or '.join(map(repr, allowed))})"
-            for name, allowed in self.switches.items()
+            f"{name}={getattr(model, name)!r} (expected {_in_words(allowed)})"
+            for name, allowed in fields.items()
             if getattr(model, name) not in allowed
+        ]
+        out += [
+            f"{name}={getattr(model, name)!r} (expected {value!r})"
+            for name, value in ((name, value_of(model)) for name, value_of in self.follows.items())
+            if getattr(model, name) != value
         ]
         out += [
             f"{a}={getattr(model, a)!r} and {b}={getattr(model, b)!r} (expected equal)"
@@ -84,74 +119,45 @@ class Family:
         return out
 
 
+def _in_words(allowed: Any) -> str:
+    return str(allowed) if isinstance(allowed, Values) else " or ".join(map(repr, allowed))
+
+
 # ---------------------------------------------------------------- keys that several architectures have
 
 # Of keys whose default does not tell; of others that may be absent, a whole number.
 KINDS = {
-    "rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "rope_theta": float,
-    "partial_rotary_factor": float,
+    "rope_parameters": dict, "rope_scaling": dict, "layer_types": list, "no_rope_layers": list, "rope_theta": float,
+    "partial_rotary_factor": float, "attn_logit_softcapping": float, "final_logit_softcapping": float,
+    "hidden_act": str, "activation": str, "auto_map": dict,
 }  # fmt: skip
 # As transformers names an activation: ours. "gelu_new" and those after it are one formula.
 ACTIVATIONS = {"gelu": "gelu", "gelu_python": "gelu", "relu": "relu"} | dict.fromkeys(
     ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"), "gelu_tanh"
 )
 ACTIVATION_NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
-ROPE_KEYS = {"rope_theta": 10000.0, "rope_scaling": None, "rope_parameters": None, "partial_rotary_factor": 1.0}
-_ATTENTIONS = ("full_attention", "sliding_attention")
-_LLAMA3 = {  # the numbers of its scaling
-    "factor": "rope_scaling_factor", "low_freq_factor": "rope_low_freq_factor",
-    "high_freq_factor": "rope_high_freq_factor", "original_max_position_embeddings": "rope_original_seq_len",
+NAMES = {  # of all but GPT-2
+    "vocab_size": "vocab_size", "num_hidden_layers": "num_layers", "hidden_size": "d_model",
+    "num_attention_heads": "num_heads", "max_position_embeddings": "max_seq_len",
+    "tie_word_embeddings": "tie_embeddings",
 }  # fmt: skip
+BIASED = dict.fromkeys(("qkv_bias", "attn_out_bias"), (False, True))
 
 
-def read_rope(c: Keys, head_dim: int, theta: str = "rope_theta", fraction: str = "partial_rotary_factor") -> dict:
-    """Rotary settings of either kind: keys of their own with `rope_scaling`, or all of them in `rope_parameters`."""
-    where = "rope_scaling" if c["rope_scaling"] else "rope_parameters"
-    given = c[where] or {}
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if kind not in ("default", "llama3"):
-        raise c.refuse(where, given, f"the decoder has no rotary positions of type {kind!r}, only default and llama3")
-    rope = {"rope_theta": c[theta], "partial_rotary_factor": c[fraction]}
-    rope |= {key: value for key, value in given.items() if key not in ("rope_type", "type") and value is not None}
-    for key, value in rope.items():
-        if key not in ("rope_theta", "partial_rotary_factor", *(_LLAMA3 if kind == "llama3" else ())):
-            raise c.refuse(where, given, f"its key {key!r} is not known, and may change what is computed")
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise c.refuse(where if key in given else theta, value, f"expected a positive number as {key}")
-    turned = int(head_dim * rope["partial_rotary_factor"])
-    if turned % 2 or not 0 < turned <= head_dim:
-        raise c.refuse(fraction, rope["partial_rotary_factor"], f"{turned} of {head_dim} features cannot be rotated")
-    out = {"rope_theta": float(rope["rope_theta"]), "rope_fraction": float(rope["partial_rotary_factor"])}
-    if kind == "llama3":
-        rope.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
-        if missing := [key for key in _LLAMA3 if key not in rope]:
-            raise c.refuse(where, given, f"expected {missing[0]!r} in it")
-        out |= {ours: float(rope[theirs]) for theirs, ours in _LLAMA3.items()}
-        out["rope_original_seq_len"] = int(out["rope_original_seq_len"])
-    return out
+def read_biases(c: Keys) -> dict[str, bool]:
+    return {"qkv_bias": c["attention_bias"], "attn_out_bias": c["attention_bias"]}
 
 
-def write_rope(m: ModelConfig) -> dict[str, Any]:
-    """In the older keys, which every version of transformers reads."""
-    if m.rope_scaling_factor == 1.0:
-        return {"rope_theta": m.rope_theta, "rope_scaling": None}
-    scaling = {"rope_type": "llama3"} | {theirs: getattr(m, ours) for theirs, ours in _LLAMA3.items()}
-    return {"rope_theta": m.rope_theta, "rope_scaling": scaling}
+# ---------------------------------------------------------------- tensors
 
 
-def read_window(c: Keys) -> int:
-    """The sliding window of a Qwen config, where it may be that of some layers alone; 0 where there is none."""
-    layers, window = c["num_hidden_layers"], c["sliding_window"] if c["use_sliding_window"] else None
-    full = min(c["max_window_layers"], layers) if window else layers
-    if given := c["layer_types"]:
-        alike = len(given) == layers and any(given == [kind] * len(given) for kind in _ATTENTIONS)
-    else:
-        alike = full in (0, layers)
-    if not alike:
-        key, value = ("layer_types", given) if given else ("max_window_layers", full)
-        raise c.refuse(key, value, f"expected {' or '.join(_ATTENTIONS)} in all {layers} layers alike")
-    if (given[0] if given else _ATTENTIONS[not full]) == "full_attention":
-        return 0
-    if not window:
-        raise c.refuse("sliding_window", c["sliding_window"], "expected its size, as the layers have a window")
-    return window
+def linear(name: str, weight: str, bias: str, *paths: str) -> tuple:
+    """A projection: its published name, the layouts of weight and bias, our parameters that hold it."""
+    return (
+        (f"{name}.weight", weight, tuple(f"{path}/kernel" for path in paths)),
+        (f"{name}.bias", bias, tuple(f"{path}/bias" for path in paths)),
+    )
+
+
+def norm(name: str, path: str) -> tuple:
+    return ((f"{name}.weight", "d->d", (f"{path}/scale",)), (f"{name}.bias", "d->d", (f"{path}/bias",)))

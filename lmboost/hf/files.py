@@ -35,6 +35,11 @@ class Stored:
     shape: tuple[int, ...]
     offset: int  # of its first byte in the file
 
+    def part(self, start: int, count: int) -> "Stored":
+        """The tensor of so many rows from one on."""
+        row_bytes = math.prod(self.shape[1:]) * DTYPES[self.dtype].itemsize
+        return Stored(self.file, self.dtype, (count, *self.shape[1:]), self.offset + start * row_bytes)
+
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) along the first axis, read into memory of their own."""
         dtype, row = DTYPES[self.dtype], math.prod(self.shape[1:])

@@ -7,6 +7,7 @@ parameters and of a block.
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -27,7 +28,8 @@ class Layout:
     """How a published tensor lies in a parameter.
 
     "hn,d->dhn": its first axis is heads times head size, its second the model width; the parameter is [D, H, N]. One
-    letter is one axis; "p" counts parameters that lie in one tensor, as queries, keys and values do in GPT-2.
+    letter is one axis; "p" counts parameters of one shape that lie in one tensor, as queries, keys and values do in
+    GPT-2. Without it, the rows of several parameters follow each other (Phi-3).
     """
 
     published: tuple[str, ...]
@@ -57,11 +59,26 @@ class Tensor:
     layout: Layout
     paths: tuple[str, ...]
     layer: int | None  # of stacked parameters
-    sizes: Mapping[str, int]  # of each letter; of "v" without padded rows
+    all_sizes: tuple[Mapping[str, int], ...]  # for each path, of each letter; of "v" without padded rows
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """Of each letter, in all parameters of a run."""
+        return self.all_sizes[0]
+
+    @property
+    def runs(self) -> tuple["Tensor", ...]:
+        """Tensors whose rows, one after the other, are those of this one."""
+        if "p" in "".join(self.layout.published) or len(self.paths) == 1:
+            return (self,)
+        each = zip(self.paths, self.all_sizes, strict=True)
+        return tuple(dataclasses.replace(self, paths=(path,), all_sizes=(sizes,)) for path, sizes in each)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As it is published."""
+        if len(runs := self.runs) > 1:
+            return (sum(run.shape[0] for run in runs), *runs[0].shape[1:])
         return tuple(math.prod(self.sizes[letter] for letter in axis) for axis in self.layout.published)
 
 
@@ -71,12 +88,12 @@ def tensors(family: Family, shapes: Mapping[str, Sequence[int]], vocab_size: int
     for name, text, paths in family.tensors:
         if paths[0] not in shapes:
             continue
-        layout, shape = Layout.parse(text), tuple(shapes[paths[0]])
-        stacked = paths[0].startswith("layers/")
-        sizes = dict(zip(layout.target, shape[stacked:], strict=True)) | {"p": len(paths)}
-        sizes |= {"v": vocab_size} if "v" in sizes else {}
-        for layer in range(shape[0]) if stacked else [None]:
-            out.append(Tensor(name.replace("*", str(layer)), layout, paths, layer, sizes))
+        layout, stacked, all_sizes = Layout.parse(text), paths[0].startswith("layers/"), []
+        for path in paths:
+            sizes = dict(zip(layout.target, shapes[path][stacked:], strict=True)) | {"p": len(paths)}
+            all_sizes.append(sizes | ({"v": vocab_size} if "v" in sizes else {}))
+        for layer in range(shapes[paths[0]][0]) if stacked else [None]:
+            out.append(Tensor(name.replace("*", str(layer)), layout, paths, layer, tuple(all_sizes)))
     return out
 
 
@@ -87,6 +104,13 @@ def zeros(shapes: Mapping[str, jax.ShapeDtypeStruct], places: Mapping[str, Named
 
 def read(tensor: Tensor, stored: files.Stored, leaves: dict[str, jax.Array]) -> None:
     """Reads one published tensor into its place in the parameters; `leaves` gets what takes the donated ones' place."""
+    start = 0
+    for run in tensor.runs:
+        _read_run(run, stored.part(start, run.shape[0]), leaves)
+        start += run.shape[0]
+
+
+def _read_run(tensor: Tensor, stored: files.Stored, leaves: dict[str, jax.Array]) -> None:
     stacked = tensor.layer is not None
     for part, path in enumerate(tensor.paths):
         leaf = leaves[path]
@@ -160,7 +184,8 @@ def _part(tensor: Tensor, rows: np.ndarray, part: int) -> np.ndarray:
 
 def entry(tensor: Tensor, leaves: Mapping[str, jax.Array], dtype: str) -> files.Entry:
     """A published tensor to be written, in the format's `dtype`: a layer at a time, or in runs of rows."""
-    return files.Entry(tensor.name, tensor.shape, functools.partial(_written, tensor, leaves, dtype))
+    blocks = lambda: itertools.chain.from_iterable(_written(run, leaves, dtype) for run in tensor.runs)  # noqa: E731
+    return files.Entry(tensor.name, tensor.shape, blocks)
 
 
 def _written(tensor: Tensor, leaves: Mapping[str, jax.Array], dtype: str) -> Iterator[np.ndarray]:

@@ -53,9 +53,10 @@ def export(
 
     Padded rows of the vocabulary are left out; layers of unequal sizes are filled up with zeros to equal ones, and so
     are heads that do not make up the width where they must. Returns a line that says what was written. Raises a
-    UserError where no architecture of transformers computes what the model does.
+    UserError where no architecture of transformers computes what the model does. Of several that do it is the one that
+    the model was read from, as `manifest` says.
     """
-    family = family_of(model)
+    family = family_of(model, manifest.get("source", {}).get("architecture", ""))
     wide = widen.wide_config(model, family.heads)
     if wide != model:
         params = jax.jit(lambda params: widen.widen(model, params, wide))(params)
@@ -79,11 +80,14 @@ def export(
     return [f"{family.architecture}, {model.num_params():,} parameters in {dtype}, {len(entries)} tensors"]
 
 
-def family_of(model: ModelConfig) -> Family:
-    """The architecture that a model is written as; a UserError says which switches or sizes stand in the way."""
+def family_of(model: ModelConfig, origin: str = "") -> Family:
+    """The architecture that a model is written as; a UserError says which switches or sizes stand in the way.
+
+    origin: the architecture that is asked first.
+    """
     equal = widen.wide_config(model)
     misfits = {family.architecture: family.misfits(equal) for family in FAMILIES}
-    for family in FAMILIES:
+    for family in sorted(FAMILIES, key=lambda family: family.architecture != origin):
         if not misfits[family.architecture]:
             widen.wide_config(model, family.heads)  # raises where zeros can't fill it up
             return family

@@ -12,68 +12,120 @@ import jax.numpy as jnp
 
 from lmboost import sharding
 from lmboost.errors import UserError
+from lmboost.models.linear import factors
 
+_UNSEEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # a logit of what is not seen; finite, as a row may see nothing
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash", "splash_interpret")
 
 
+class Rule(NamedTuple):
+    """Which logits attention makes, and of which keys.
+
+    Attributes:
+      window: how many tokens a query sees at most, itself included; 0 is no limit.
+      scale: what q k is multiplied by; 0 is 1 / sqrt(N).
+      softcap: c of the logits c tanh(q k scale / c); 0 is none.
+    """
+
+    window: int = 0
+    scale: float = 0.0
+    softcap: float = 0.0
+
+    def of_head(self, head_dim: int) -> float:
+        """What q k is multiplied by in heads of that size."""
+        return self.scale or head_dim**-0.5
+
+    def cap(self, logits: jax.Array) -> jax.Array:
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+
+PLAIN = Rule()
+
+
 def resolve(
-    implementation: str, platform: str, seq_len: int, head_dims: Collection[int], dtype: str, field: str = "model"
+    implementation: str,
+    platform: str,
+    seq_len: int,
+    head_dims: Collection[int],
+    dtype: str,
+    field: str = "model",
+    softcap: bool = False,
 ) -> str:
     """Turns "auto" into the fastest kernel for `platform` ("cpu", "gpu", "tpu") that takes these shapes.
 
     head_dims: the sizes that heads have; a kernel must take those of all layers.
+    softcap: whether logits have a soft cap.
 
     Raises a UserError where a kernel is asked for that the platform does not have, or that does not take the shapes.
     """
     heads_fit = all(size % 8 == 0 and size <= 128 for size in head_dims)
-    cudnn = platform == "gpu" and dtype == "bfloat16" and heads_fit and seq_len % 2 == 0
+    cudnn = platform == "gpu" and dtype == "bfloat16" and heads_fit and seq_len % 2 == 0 and not softcap
     splash = platform == "tpu" and seq_len % 128 == 0
     if implementation == "auto":
         return "cudnn" if cudnn else "splash" if splash else "xla"
     if (implementation == "cudnn" and not cudnn) or (implementation == "splash" and not splash):
         needs = {
-            "cudnn": "a GPU, dtype bfloat16, head_dim a multiple of 8 and at most 128, an even seq_len",
+            "cudnn": "a GPU, dtype bfloat16, head_dim a multiple of 8 up to 128, an even seq_len, no attn_softcap",
             "splash": "a TPU and a seq_len that is a multiple of 128",
         }[implementation]
         raise UserError(
             f"{field}.attention={implementation!r} needs {needs}; here: platform {platform}, dtype {dtype}, "
-            f"head_dim {', '.join(map(str, sorted(head_dims)))}, seq_len {seq_len}. Use 'auto'."
+            f"head_dim {', '.join(map(str, sorted(head_dims)))}, seq_len {seq_len}"
+            f"{', attn_softcap' if softcap else ''}. Use 'auto'."
         )
     return implementation
 
 
-def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str, window: int = 0) -> jax.Array:
-    """softmax(q k / sqrt(N)) v over earlier tokens of the same segment.
+def attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation: str, rule: Rule = PLAIN) -> jax.Array:
+    """softmax(q k / sqrt(N)) v over earlier tokens of the same segment; or what `rule` has in the place of it.
 
     Args:
       q_BxTxHxN, k_BxTxKxN, v_BxTxKxN: one float dtype; H is a multiple of K.
       segment_ids: int32 [B, T].
       implementation: one of IMPLEMENTATIONS; "auto" stands for "xla" here (`resolve` knows the platform).
         "splash_interpret" runs the TPU kernel in the interpreter, for tests.
-      window: how many tokens a query sees at most, itself included; 0 is no limit.
 
     Returns: [B, T, H, N] in the dtype of q.
     """
     if implementation.startswith("splash"):
-        return _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation == "splash_interpret", window)
+        return _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, implementation == "splash_interpret", rule)
+    if rule.softcap:
+        weights_BxHxTxT = weights(q_BxTxHxN, k_BxTxKxN, segment_ids, rule)
+        return _weighed(weights_BxHxTxT, v_BxTxKxN)
     mask_Bx1xTxT = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
     return jax.nn.dot_product_attention(
-        q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, mask=mask_Bx1xTxT, is_causal=True,
-        local_window_size=(window - 1, 0) if window else None,
+        q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, mask=mask_Bx1xTxT, is_causal=True, scale=rule.scale or None,
+        local_window_size=(rule.window - 1, 0) if rule.window else None,
         implementation="cudnn" if implementation == "cudnn" else "xla",
     )  # fmt: skip
 
 
-def weights(q_BxTxHxN, k_BxTxKxN, segment_ids, window: int = 0) -> jax.Array:
-    """The matrices that `attend` multiplies values with, float32 [B, H, T, T]; for analysis, not for training."""
-    groups, tokens = q_BxTxHxN.shape[2] // k_BxTxKxN.shape[2], jnp.arange(q_BxTxHxN.shape[1])
-    q, k = q_BxTxHxN.astype(jnp.float32), jnp.repeat(k_BxTxKxN.astype(jnp.float32), groups, axis=2)
-    logits_BxHxTxT = jnp.einsum("bthn,bshn->bhts", q, k) * q.shape[-1] ** -0.5
+def weights(q_BxTxHxN, k_BxTxKxN, segment_ids, rule: Rule = PLAIN) -> jax.Array:
+    """The matrices that `attend` multiplies values with, float32 [B, H, T, T]."""
+    tokens = jnp.arange(q_BxTxHxN.shape[1])
     distance_TxT = tokens[:, None] - tokens
     seen_BxTxT = (segment_ids[:, :, None] == segment_ids[:, None, :]) & (distance_TxT >= 0)
-    if window:
-        seen_BxTxT &= distance_TxT < window
-    return jax.nn.softmax(jnp.where(seen_BxTxT[:, None], logits_BxHxTxT, -jnp.inf), axis=-1)
+    if rule.window:
+        seen_BxTxT &= distance_TxT < rule.window
+    return _weights(q_BxTxHxN, k_BxTxKxN, seen_BxTxT, rule)
+
+
+def _weights(q_BxTxHxN, k_BxSxKxN, seen_BxTxS, rule: Rule) -> jax.Array:
+    """float32 [B, H, T, S]; uniform where a query sees nothing, as in padding."""
+    (batch, tokens, heads, head_dim), kv_heads = q_BxTxHxN.shape, k_BxSxKxN.shape[2]
+    q_BxTxKxGxN = q_BxTxHxN.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
+    logits = jnp.einsum("btkgn,bskn->bkgts", *factors(q_BxTxKxGxN, k_BxSxKxN), preferred_element_type=jnp.float32)
+    logits_BxHxTxS = rule.cap(logits.reshape(batch, heads, tokens, -1) * rule.of_head(head_dim))
+    return jax.nn.softmax(jnp.where(seen_BxTxS[:, None], logits_BxHxTxS, _UNSEEN), axis=-1)
+
+
+def _weighed(weights_BxHxTxS, v_BxSxKxN) -> jax.Array:
+    """Sums of values, [B, T, H, N] in their dtype."""
+    batch, heads, tokens, slots = weights_BxHxTxS.shape
+    kv_heads, dtype = v_BxSxKxN.shape[2], v_BxSxKxN.dtype
+    weights_BxKxGxTxS = weights_BxHxTxS.reshape(batch, kv_heads, heads // kv_heads, tokens, slots).astype(dtype)
+    y = jnp.einsum("bkgts,bskn->btkgn", *factors(weights_BxKxGxTxS, v_BxSxKxN), preferred_element_type=jnp.float32)
+    return y.reshape(batch, tokens, heads, -1).astype(dtype)
 
 
 class Cache(NamedTuple):
@@ -97,7 +149,7 @@ class Cache(NamedTuple):
         return Cache(k, v, self.index)
 
 
-def attend_cached(q_BxTxHxN, cache: Cache, layer, kv_heads: int, segment_ids, window: int = 0) -> jax.Array:
+def attend_cached(q_BxTxHxN, cache: Cache, layer, kv_heads: int, segment_ids, rule: Rule = PLAIN) -> jax.Array:
     """As `attend`, for T new tokens whose keys and values `cache` holds from slot `cache.index` on.
 
     segment_ids: int32 [B, S], of all slots; what a slot beyond the new tokens holds does not matter.
@@ -108,12 +160,16 @@ def attend_cached(q_BxTxHxN, cache: Cache, layer, kv_heads: int, segment_ids, wi
     queries_T = cache.index + jnp.arange(tokens)
     q_segments = jax.lax.dynamic_slice_in_dim(segment_ids, cache.index, tokens, axis=1)
     mask_BxTxS = (q_segments[:, :, None] == segment_ids[:, None, :]) & (slots <= queries_T[:, None])
-    if window:
-        mask_BxTxS &= queries_T[:, None] - slots < window
-    return jax.nn.dot_product_attention(q_BxTxHxN, k_BxSxKxN, v_BxSxKxN, mask=mask_BxTxS[:, None])
+    if rule.window:
+        mask_BxTxS &= queries_T[:, None] - slots < rule.window
+    if rule.softcap:
+        return _weighed(_weights(q_BxTxHxN, k_BxSxKxN, mask_BxTxS, rule), v_BxSxKxN)
+    return jax.nn.dot_product_attention(
+        q_BxTxHxN, k_BxSxKxN, v_BxSxKxN, mask=mask_BxTxS[:, None], scale=rule.scale or None
+    )
 
 
-def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, window: int) -> jax.Array:
+def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, rule: Rule) -> jax.Array:
     """Splash attention, one call per device on its own rows and heads."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
@@ -125,14 +181,15 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, windo
         repeats = repeats if heads % (kv_heads * repeats) == 0 else heads // kv_heads
         k_BxTxKxN, v_BxTxKxN = (jnp.repeat(x, repeats, axis=2) for x in (k_BxTxKxN, v_BxTxKxN))
     groups = heads // k_BxTxKxN.shape[2]
-    scale = q_BxTxHxN.shape[-1] ** -0.5
+    scale = rule.of_head(q_BxTxHxN.shape[-1])
     # The kernel wants heads before tokens, and queries that are scaled already.
     q_BxHxTxN, k_BxKxTxN, v_BxKxTxN = (jnp.swapaxes(x, 1, 2) for x in (q_BxTxHxN * scale, k_BxTxKxN, v_BxTxKxN))
 
     def local(q_BxHxTxN, k_BxKxTxN, v_BxKxTxN, segment_ids):
         tokens, head_dim = q_BxHxTxN.shape[2:]
-        block = splash_block(tokens, head_dim, window)
-        kernel = splash_kernel(groups, tokens, interpret, window, splash_blocks(block, block))
+        block = splash_block(tokens, head_dim, rule.window)
+        sizes = splash_blocks(block, block)
+        kernel = splash_kernel(groups, tokens, interpret, rule.window, sizes, rule.softcap)
         heads = k_BxKxTxN.shape[1]
         q_BxKxGxTxN = q_BxHxTxN.reshape(q_BxHxTxN.shape[0], heads, groups, *q_BxHxTxN.shape[2:])
         per_head = jax.vmap(kernel, in_axes=(0, 0, 0, None))
@@ -145,7 +202,7 @@ def _splash(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, interpret: bool, windo
     return jnp.swapaxes(y_BxHxTxN, 1, 2).astype(q_BxTxHxN.dtype)
 
 
-def splash_kernel(groups: int, seq_len: int, interpret: bool, window: int, sizes):
+def splash_kernel(groups: int, seq_len: int, interpret: bool, window: int, sizes, softcap: float = 0.0):
     """The kernel for `groups` query heads that share one key/value head, in blocks of `sizes`.
 
     Built in each trace: its tables are constants of that trace, which may be for devices that are not here.
@@ -156,7 +213,9 @@ def splash_kernel(groups: int, seq_len: int, interpret: bool, window: int, sizes
     shape = (seq_len, seq_len)
     one = masks.LocalMask(shape, window_size=(window - 1, 0), offset=0) if window else masks.CausalMask(shape)
     mask = masks.MultiHeadMask([one] * groups)
-    return splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+    return splash.make_splash_mqa_single_device(
+        mask=mask, block_sizes=sizes, interpret=interpret, attn_logits_soft_cap=softcap or None
+    )
 
 
 def splash_block(seq_len: int, head_dim: int, window: int) -> int:

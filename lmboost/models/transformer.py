@@ -2,14 +2,15 @@
 
 The layers' parameters are stacked on a leading axis and scanned, so that compile time does not grow
 with depth and a list of layers is a slice of an array. Layers of unequal sizes are several such stacks
-("layers/0", "layers/1", ...), one for each segment of the config. The vocabulary projection is not part of the
-forward pass: `head` gives its matrix, and the objective projects a block of tokens at a time.
+("layers/0", "layers/1", ...), one for each segment of the config; layers of several kinds are one stack, of which
+periods are scanned (`layer_kinds`). The vocabulary projection is not part of the forward pass: `head` gives its
+matrix, and the objective projects a block of tokens at a time.
 
-Shape suffixes: B batch, T tokens, D model width, H query heads, K key/value heads, N head size,
-F MLP width, L layers, V vocabulary rows.
+Shape suffixes: B batch, T tokens, D model width, L layers, V vocabulary rows.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,125 +21,10 @@ import jax.numpy as jnp
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models import attention, linear, rope
-from lmboost.models.linear import Dense, look_up
+from lmboost.models import attention, layer_kinds, linear
+from lmboost.models.block import Block, Norm, normal
+from lmboost.models.linear import look_up
 from lmboost.models.model_config import ModelConfig, Segment
-
-
-def _normal(config: ModelConfig, residual: bool = False) -> nn.initializers.Initializer:
-    """Normal(0, init_std); what writes to the residual stream is scaled by 1/sqrt(2L), as in GPT-2."""
-    return nn.initializers.normal(config.init_std / ((2 * config.num_layers) ** 0.5 if residual else 1.0))
-
-
-class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last axis, computed in float32, returned in the input's dtype."""
-
-    config: ModelConfig
-    kind: str = ""
-
-    @nn.compact
-    def __call__(self, x):
-        kind = self.kind or self.config.norm
-        width = x.shape[-1:]
-        y = x.astype(jnp.float32)
-        if kind != "rmsnorm":
-            y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.config.norm_eps)
-        y = y * self.param("scale", nn.initializers.ones, width)
-        if kind == "layernorm":
-            y = y + self.param("bias", nn.initializers.zeros, width)
-        return y.astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal self-attention within segments; grouped queries. Returns ([B, T, D], cache), cache None without one."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD, segment_ids, positions, layer, cache: attention.Cache | None = None):
-        c = self.config
-
-        def project(name, heads):
-            return Dense((heads, c.head_dim), c.qkv_bias, c.dtype, _normal(c), quantize=c.quantize, name=name)(x_BxTxD)
-
-        q_BxTxHxN = project("q", c.num_heads)
-        k_BxTxKxN = project("k", c.num_kv_heads)
-        v_BxTxKxN = project("v", c.num_kv_heads)
-        if c.qk_norm != "none":
-            q_BxTxHxN, k_BxTxKxN = self._normalise(q_BxTxHxN, "q_norm"), self._normalise(k_BxTxKxN, "k_norm")
-        if c.position == "rope":
-            q_BxTxHxN, k_BxTxKxN = (rope.apply(x, positions, c) for x in (q_BxTxHxN, k_BxTxKxN))
-        if c.scale_attn_by_layer:
-            q_BxTxHxN = q_BxTxHxN / (layer + 1).astype(q_BxTxHxN.dtype)
-        q_BxTxHxN = sharding.constrain(q_BxTxHxN, ("batch", "length", "heads", None))
-        k_BxTxKxN, v_BxTxKxN = (
-            sharding.constrain(x, ("batch", "length", "kv_heads", None)) for x in (k_BxTxKxN, v_BxTxKxN)
-        )
-        self.sow("intermediates", "queries_and_keys", (q_BxTxHxN, k_BxTxKxN))  # for surgery/attention_rank.py
-        if cache is None:
-            y_BxTxHxN = attention.attend(q_BxTxHxN, k_BxTxKxN, v_BxTxKxN, segment_ids, c.attention, c.sliding_window)
-        else:
-            cache = cache.write(layer, k_BxTxKxN, v_BxTxKxN)
-            y_BxTxHxN = attention.attend_cached(q_BxTxHxN, cache, layer, c.num_kv_heads, segment_ids, c.sliding_window)
-        self.sow("intermediates", "inputs_and_heads", (x_BxTxD, y_BxTxHxN))  # for surgery/importance.py
-        last = _normal(c, residual=True)
-        o = Dense((c.d_model,), c.attn_out_bias, c.dtype, last, in_axes=2, quantize=c.quantize, name="o")
-        return o(y_BxTxHxN), cache
-
-    def _normalise(self, x_BxTxHxN, name):
-        norm = Norm(self.config, kind="rmsnorm", name=name)
-        if self.config.qk_norm == "head":
-            return norm(x_BxTxHxN)
-        return norm(x_BxTxHxN.reshape(*x_BxTxHxN.shape[:2], -1)).reshape(x_BxTxHxN.shape)
-
-
-class Mlp(nn.Module):
-    """Two projections with a nonlinearity, or three with a gate."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD):
-        c = self.config
-
-        def dense(name, width, residual=False):
-            return Dense((width,), c.mlp_bias, c.dtype, _normal(c, residual), quantize=c.quantize, name=name)
-
-        h_BxTxF = dense("up", c.mlp_dim)(x_BxTxD)
-        if c.mlp == "silu_gated":
-            h_BxTxF = nn.silu(dense("gate", c.mlp_dim)(x_BxTxD)) * h_BxTxF
-        elif c.mlp == "relu":
-            h_BxTxF = nn.relu(h_BxTxF)
-        else:
-            h_BxTxF = nn.gelu(h_BxTxF, approximate=c.mlp == "gelu_tanh")
-        h_BxTxF = sharding.constrain(h_BxTxF, ("batch", "length", "mlp"))
-        self.sow("intermediates", "inputs_and_units", (x_BxTxD, h_BxTxF))  # for surgery/importance.py
-        return dense("down", c.d_model, residual=True)(h_BxTxF)
-
-
-class Block(nn.Module):
-    """One layer: attention and MLP around the residual stream."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD, segment_ids, positions, layer, cache: attention.Cache | None = None):
-        c = self.config
-        attn, mlp = Attention(c, name="attn"), Mlp(c, name="mlp")
-        attn_norm, mlp_norm = Norm(c, name="attn_norm"), Norm(c, name="mlp_norm")
-        if c.norm_placement == "post":
-            y_BxTxD, cache = attn(x_BxTxD, segment_ids, positions, layer, cache)
-            x_BxTxD = x_BxTxD + attn_norm(y_BxTxD)
-            x_BxTxD = x_BxTxD + mlp_norm(mlp(x_BxTxD))
-        else:
-            y_BxTxD, cache = attn(attn_norm(x_BxTxD), segment_ids, positions, layer, cache)
-            if c.parallel_residual:
-                x_BxTxD = x_BxTxD + y_BxTxD + mlp(mlp_norm(x_BxTxD))
-            else:
-                x_BxTxD = x_BxTxD + y_BxTxD
-                x_BxTxD = x_BxTxD + mlp(mlp_norm(x_BxTxD))
-        return sharding.constrain(x_BxTxD, ("batch", "length", "act_embed")), cache
 
 
 class Transformer(nn.Module):
@@ -152,15 +38,15 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed = nn.Embed(c.vocab_rows, c.d_model, embedding_init=_normal(c), dtype=c.dtype)
+        self.embed = nn.Embed(c.vocab_rows, c.d_model, embedding_init=normal(c), dtype=c.dtype)
         if c.position == "learned":
             rows = c.max_seq_len + c.position_offset
-            self.position_embed = nn.Embed(rows, c.d_model, embedding_init=_normal(c), dtype=c.dtype)
+            self.position_embed = nn.Embed(rows, c.d_model, embedding_init=normal(c), dtype=c.dtype)
         self.layers = self.param("layers", self._init_layers)
         if c.final_norm:
             self.last_norm = Norm(c, name="final_norm")
         if not c.tie_embeddings:
-            self.head_kernel = self.param("head", _normal(c), (c.d_model, c.vocab_rows))
+            self.head_kernel = self.param("head", normal(c), (c.d_model, c.vocab_rows))
 
     def _init_layers(self, rng):
         x = jnp.zeros((1, 2, self.config.d_model), self.config.dtype)
@@ -170,7 +56,7 @@ class Transformer(nn.Module):
         keys = jax.random.split(rng, config.num_layers)
 
         def stack(segment):
-            block = Block(segment.config, parent=None)
+            block = Block(segment.config.of_kind(segment.kinds[0]), parent=None)  # kinds change no parameter
             draw = jax.vmap(lambda key: block.init(key, x, ids, ids, jnp.int32(0))["params"])
             return draw(keys[segment.start : segment.stop])
 
@@ -209,20 +95,24 @@ class Transformer(nn.Module):
 
         x_BxTxD = visit(0, self._embed_tokens(tokens, positions))
         for segment, layers in split_layers(c, self.layers):
-            block = Block(segment.config, parent=None)
 
-            def layer_step(x, layer_and_params, block=block):
-                layer, params = layer_and_params
-                x, _ = block.apply({"params": params}, x, segment_ids, positions, layer)
-                return x, None
+            @functools.cache  # one trace for all layers of a kind
+            def step_of(kind, segment=segment):
+                block = Block(segment.config.of_kind(kind), parent=None)
 
-            layer_step = _remat(layer_step, c.remat)
+                def layer_step(x, layer_and_params):
+                    layer, params = layer_and_params
+                    x, _ = block.apply({"params": params}, x, segment_ids, positions, layer)
+                    return x, None
+
+                return _remat(layer_step, c.remat)
+
             edges = sorted({segment.start, segment.stop, *(s for s in stops if segment.start < s < segment.stop)})
-            for start, stop in itertools.pairwise(_unequal(edges)):
-                part = layers
+            for start, stop in itertools.pairwise(_unequal(edges) if len(set(segment.kinds)) == 1 else edges):
+                part, kinds = layers, segment.kinds[start - segment.start : stop - segment.start]
                 if stop - start < segment.stop - segment.start:
                     part = jax.tree.map(lambda a, s=segment.start, i=start, j=stop: a[i - s : j - s], layers)
-                x_BxTxD, _ = jax.lax.scan(layer_step, x_BxTxD, (jnp.arange(start, stop), part))
+                x_BxTxD, _ = layer_kinds.scan(step_of, x_BxTxD, kinds, jnp.arange(start, stop), part)
                 x_BxTxD = visit(stop, x_BxTxD)
         return self.norm_last(x_BxTxD), captured
 
@@ -233,14 +123,20 @@ class Transformer(nn.Module):
         """
         carry = self._embed_tokens(tokens, positions), cache
         for segment, layers in split_layers(self.config, self.layers):
-            block = Block(segment.config, parent=None)
 
-            def layer_step(carry, layer_and_params, block=block):
-                x, cache = carry
-                layer, params = layer_and_params
-                return block.apply({"params": params}, x, segment_ids, positions, layer, cache), None
+            @functools.cache  # one trace for all layers of a kind
+            def step_of(kind, segment=segment):
+                block = Block(segment.config.of_kind(kind), parent=None)
 
-            carry, _ = jax.lax.scan(layer_step, carry, (jnp.arange(segment.start, segment.stop), layers))
+                def layer_step(x_and_cache, layer_and_params):
+                    x, cache = x_and_cache
+                    layer, params = layer_and_params
+                    return block.apply({"params": params}, x, segment_ids, positions, layer, cache), None
+
+                return layer_step
+
+            numbers = jnp.arange(segment.start, segment.stop)
+            carry, _ = layer_kinds.scan(step_of, carry, segment.kinds, numbers, layers)
         x_BxTxD, cache = carry
         return self.norm_last(x_BxTxD), cache._replace(index=cache.index + tokens.shape[1])
 
@@ -249,11 +145,14 @@ class Transformer(nn.Module):
         x_BxTxD = look_up(self.embed.embedding, tokens, "vocab", c.dtype)
         if c.position == "learned":
             x_BxTxD += look_up(self.position_embed.embedding, positions + c.position_offset, None, c.dtype)
+        if c.embed_scale != 1.0:
+            x_BxTxD *= c.embed_scale
         return sharding.constrain(x_BxTxD, ("batch", "length", "act_embed"))
 
     def norm_last(self, x_BxTxD):
-        """The final norm, where the config has one."""
-        return self.last_norm(x_BxTxD) if self.config.final_norm else x_BxTxD
+        """The final norm, where the config has one; divided by what logits are divided by, which is the same."""
+        x_BxTxD = self.last_norm(x_BxTxD) if self.config.final_norm else x_BxTxD
+        return x_BxTxD if self.config.logit_divisor == 1.0 else x_BxTxD / self.config.logit_divisor
 
 
 def _unequal(edges: Sequence[int]) -> list[int]:
@@ -296,9 +195,11 @@ def join_layers(stacks: Sequence[Any]) -> Any:
 
 
 def one_layer(config: ModelConfig, params: Mapping[str, Any], layer: int) -> tuple[ModelConfig, Any]:
-    """(config with the layer's sizes, its parameters) of one layer, for a `Block`."""
+    """(config of a model whose layers are all like this one, its parameters) of one layer, for a `Block`."""
     segment, stack = next(x for x in split_layers(config, params["layers"]) if x[0].start <= layer < x[0].stop)
-    return segment.config, jax.tree.map(lambda a: a[layer - segment.start], stack)
+    return segment.config.of_kind(segment.kinds[layer - segment.start]), jax.tree.map(
+        lambda a: a[layer - segment.start], stack
+    )
 
 
 def head(params: Mapping[str, Any]) -> jax.Array:

@@ -6,14 +6,16 @@ selection, generation, harness) projects blocks of tokens and reduces each befor
 Shape suffixes: S shards of the batch, B rows, T tokens, D width, V vocabulary rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from lmboost import sharding
+from lmboost.models import transformer
 from lmboost.models.linear import factors
+from lmboost.models.model_config import ModelConfig
 
 # Of a device, where the size of blocks is not given: logits of one, large enough for a TPU's matrix unit; and what is
 # kept of several to be multiplied at once, so that the gradient of the head is read and written seldom.
@@ -26,6 +28,20 @@ class Head(NamedTuple):
 
     kernel_DxV: jax.Array
     vocab_size: int  # columns from here on are padding
+    softcap: float = 0.0  # c: logits are c tanh(h kernel / c); 0 is h kernel
+
+    @classmethod
+    def of(cls, model: ModelConfig, params: Mapping[str, Any]) -> "Head":
+        """That of a model, from its parameters."""
+        return cls(transformer.head(params), model.vocab_size, model.logit_softcap)
+
+    def cap(self, logits):
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+
+    def uncap(self, gradient, logits):
+        """The gradient of h kernel, from that of the logits; columns of padding, where that is 0, keep 0."""
+        # d tanh(x) / dx = 1 - tanh(x)^2, of the logits as they are: those of padding are far beyond the cap.
+        return gradient * (1 - jnp.square(jnp.clip(logits / self.softcap, -1, 1))) if self.softcap else gradient
 
     def laid_out(self, dtype) -> "Head":
         """The same in `dtype`, where every block of tokens finds it: whole but for the vocabulary's axis."""
@@ -43,7 +59,7 @@ def project(h, head: Head, vocab_size: int | None = None, rows: int | None = Non
     kernel, rows = head.kernel_DxV.astype(h.dtype), rows or head.kernel_DxV.shape[1]
     if kernel.shape[1] != rows:
         kernel = jnp.pad(kernel[:, :rows], [(0, 0), (0, max(rows - kernel.shape[1], 0))])
-    logits = jnp.einsum("...d,dv->...v", *factors(h, kernel), preferred_element_type=jnp.float32)
+    logits = head.cap(jnp.einsum("...d,dv->...v", *factors(h, kernel), preferred_element_type=jnp.float32))
     vocab_size = min(vocab_size or head.vocab_size, head.vocab_size)
     if vocab_size == rows:
         return logits

@@ -37,12 +37,12 @@ def make_asker(
                 kept = kept @ bases[str(layer)] if str(layer) in bases else kept
                 found[f"state_{layer}"], found[f"scale_{layer}"] = _in_bytes(kept)
             if parts.labels or parts.loss:
-                head = Head(transformer.head(params["teacher"]), teacher.vocab_size)
+                head = Head.of(teacher, params["teacher"])
                 uniform = jax.vmap(lambda row: _uniform(key, row, parts.seq_len))(batch["row"])
                 found |= labels_of(parts, h, head, batch, uniform, block_tokens)
         if parts.selection:
             h, _ = _forward(scorer, params["scorer"], batch)
-            head = Head(transformer.head(params["scorer"]), scorer.vocab_size)
+            head = Head.of(scorer, params["scorer"])
             found["score"] = select.score(h, head, batch["targets"], batch["weights"], selection, block_tokens)
         return found
 

@@ -1,8 +1,10 @@
 """Help that knows when to end: the less of it, the less the teacher is ahead of the student, and none below a lead.
 
 With `objective.kd.stop=auto` or `objective.align.stop=auto` the step compares teacher and student on the labels of
-the same tokens. The teacher's lead, smoothed, is part of the run's state: weights follow from it inside the graph, so
-that a run is the same on any number of hosts and goes on exactly.
+the same tokens, or where the teacher reads other tokens, on the text of the same chunks (`chunks`): then the lead is
+what the student loses more on that text, for each of its own tokens in it. The teacher's lead, smoothed, is part of the
+run's state: weights follow from it inside the graph, so that a run is the same on any number of hosts and goes on
+exactly.
 
 Help ends while the teacher still leads: who follows a teacher comes up to it ever more slowly, and is overtaken by who
 does not (benchmarks/track/LOG.md).

@@ -68,8 +68,9 @@ def blend(
     """
     coefficients = Coefficients(*(jnp.asarray(c, jnp.float32) for c in coefficients or Coefficients()))
     return _blend(
-        (head.vocab_size, block_tokens, scatter), h_BxTxD, head.kernel_DxV, (targets, weights, coefficients, soft)
-    )
+        (head._replace(kernel_DxV=None), block_tokens, scatter), h_BxTxD, head.kernel_DxV,
+        (targets, weights, coefficients, soft),
+    )  # fmt: skip
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -93,19 +94,20 @@ _blend.defvjp(_blend_forward, _blend_backward)
 
 def _scan_blocks(static, h_BxTxD, kernel_DxV, constants, with_gradient: bool):
     """(Sums, gradients of the loss by the hidden states and the kernel, or None)."""
-    vocab_size, block_tokens, scatter = static
+    head, block_tokens, scatter = static
+    head = head._replace(kernel_DxV=kernel_DxV)
     targets, weights, coefficients, soft = constants
     if scatter:
-        return _in_two_passes(h_BxTxD, Head(kernel_DxV, vocab_size), constants, with_gradient)
-    head = Head(kernel_DxV, vocab_size).laid_out(h_BxTxD.dtype)
+        return _in_two_passes(h_BxTxD, head, constants, with_gradient)
+    head = head.laid_out(h_BxTxD.dtype)
     soft = soft and soft.laid_out()
 
     def one_block(sums, logits, h_SxBxTxD, rows):
         labels, w, soft_rows = rows
-        soft_block = soft and soft.of_block(soft_rows, labels, vocab_size, logits.shape[-1])
+        soft_block = soft and soft.of_block(soft_rows, labels, head.vocab_size, logits.shape[-1])
         weigh = _weigh_mixture if soft is None or soft.is_mixture else _weigh
         block_sums, logits_gradient = weigh(logits, labels, w, coefficients, soft, soft_block, with_gradient)
-        logits_gradient = logits_gradient.astype(h_SxBxTxD.dtype) if with_gradient else None
+        logits_gradient = head.uncap(logits_gradient, logits).astype(h_SxBxTxD.dtype) if with_gradient else None
         return jax.tree.map(jnp.add, sums, block_sums), logits_gradient
 
     def gradients(kernel_gradient_SxDxV, h_NxSxBxTxD, logits_gradient):

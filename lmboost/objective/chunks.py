@@ -2,7 +2,8 @@
 
 A chunk is the text between two places at which tokens of both end. Each side has a log-likelihood of it, the sum over
 its own tokens, and the term is how far the student's is from the teacher's, both taken as the probability that this
-text comes rather than any other: ALM (arXiv 2503.20083, section 3), with the Kullback-Leibler divergence.
+text comes rather than any other: ALM (arXiv 2503.20083), with the Kullback-Leibler divergence. The paper also leaves
+out chunks at whose ends the tokenizers are biased in unequal ways; here every place at which both have an end is one.
 
 Only losses on labels are asked for, in blocks of tokens. As a chunk may lie in several blocks, the student's are
 computed once before (`label_losses`); what a token's loss changes in its chunk's divergence then goes into `blend`.

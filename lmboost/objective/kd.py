@@ -177,9 +177,20 @@ class SoftTargets(flax.struct.PyTreeNode):
     """
 
     h_BxTxE: jax.Array
-    head: jax.Array  # [E, V], the teacher's
-    vocab_size: int = flax.struct.field(pytree_node=False)  # of the teacher
+    kernel_ExV: jax.Array  # of the teacher's head
+    vocab_size: int = flax.struct.field(pytree_node=False)  # of the same
     kd: Distillation = flax.struct.field(pytree_node=False)
+    softcap: float = flax.struct.field(pytree_node=False, default=0.0)  # of the head
+
+    @classmethod
+    def of(cls, h_BxTxE, head: Head, kd: Distillation) -> "SoftTargets":
+        """From the teacher's last hidden states and its head."""
+        return cls(h_BxTxE, head.kernel_DxV, head.vocab_size, kd, head.softcap)
+
+    @property
+    def head(self) -> Head:
+        """The teacher's."""
+        return Head(self.kernel_ExV, self.vocab_size, self.softcap)
 
     @property
     def per_token(self) -> jax.Array:
@@ -191,11 +202,11 @@ class SoftTargets(flax.struct.PyTreeNode):
 
     def laid_out(self) -> "SoftTargets":
         """The same with its head where every block finds it."""
-        return self.replace(head=Head(self.head, self.vocab_size).laid_out(self.h_BxTxE.dtype).kernel_DxV)
+        return self.replace(kernel_ExV=self.head.laid_out(self.h_BxTxE.dtype).kernel_DxV)
 
     def of_block(self, h, labels, vocab_size: int, columns: int) -> Mixture | Known:
         """What the teacher says over the vocabulary that both have, in as many columns as the student's logits."""
-        logits = project(h, Head(self.head, self.vocab_size), vocab_size, columns)
+        logits = project(h, self.head, vocab_size, columns)
         logits = sharding.constrain(logits, ("batch", None, None, "vocab"))
         if not self.is_mixture:
             return Known(logits, None, jax.nn.logsumexp(logits, axis=-1) - pick(logits, labels))

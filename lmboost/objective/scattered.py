@@ -81,8 +81,8 @@ def whole(block_DxSxW: jax.Array, dtype) -> jax.Array:
     return sharding.constrain(x, (None, "vocab"))
 
 
-def _logits(h, kernel_DxC, columns, vocab_size: int) -> jax.Array:
-    logits = jnp.einsum("...d,dc->...c", *factors(h, kernel_DxC), preferred_element_type=jnp.float32)
+def _logits(h, kernel_DxC, columns, head: Head, vocab_size: int) -> jax.Array:
+    logits = head.cap(jnp.einsum("...d,dc->...c", *factors(h, kernel_DxC), preferred_element_type=jnp.float32))
     return jnp.where(columns < vocab_size, logits, NEGATIVE)
 
 
@@ -99,7 +99,7 @@ def passes(
     dtype, blocks = h_BxTxD.dtype, _Blocks.of(head.kernel_DxV.shape[1], h_BxTxD.shape[2])
     kernels = [blocks.cut(head.kernel_DxV)]
     if soft:
-        taught = jnp.pad(soft.head, [(0, 0), (0, max(0, head.kernel_DxV.shape[1] - soft.head.shape[1]))])
+        taught = jnp.pad(soft.kernel_ExV, [(0, 0), (0, max(0, head.kernel_DxV.shape[1] - soft.kernel_ExV.shape[1]))])
         kernels.append(blocks.cut(taught[:, : head.kernel_DxV.shape[1]]))
     shards = sharding.batch_shards()
     of_block = blocks.width if sharding.shards("vocab") == blocks.shards else blocks.width * blocks.shards
@@ -113,10 +113,10 @@ def passes(
 
     def both(h, taught, kernels, columns):
         """The logits of student and teacher, [..., C]."""
-        mine = sharding.constrain(_logits(h, kernels[0], columns, head.vocab_size), spread)
+        mine = sharding.constrain(_logits(h, kernels[0], columns, head, head.vocab_size), spread)
         if not soft:
             return mine, None
-        return mine, sharding.constrain(_logits(taught, kernels[1], columns, vocab_size), spread)
+        return mine, sharding.constrain(_logits(taught, kernels[1], columns, soft.head, vocab_size), spread)
 
     def look(seen, block):
         number, *cut = block
@@ -150,7 +150,7 @@ def passes(
             if soft:
                 share = jnp.exp((teachers - seen.teacher_top[..., None]) / soft.kd.temperature)
                 gradient -= (of_teacher / seen.tempered)[..., None] * share
-            gradient = gradient.astype(dtype)
+            gradient = head.uncap(gradient, mine).astype(dtype)
             h_gradient += jnp.einsum(
                 "sbtc,dc->sbtd", *factors(gradient, kernels[0]), preferred_element_type=jnp.float32
             )

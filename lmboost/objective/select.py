@@ -1,7 +1,8 @@
 """Selection: train on the examples that are challenging yet learnable for a small model.
 
 Source: SALT_DS (arXiv 2410.18779): a row's score is the median loss over the tokens that are among the
-scorer's k best; the highest scores are kept.
+scorer's k best; the highest scores are kept. These are the scorer's own tokens, also where the data's are others: the
+scores that are compared are all of one scorer.
 """
 
 import dataclasses

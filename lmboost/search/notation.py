@@ -68,6 +68,12 @@ def read_choices(search: ConfigDict, parent: ModelConfig) -> dict[str, tuple[int
             f"init.path is a model of unequal layers (layer_sizes={parent.layer_sizes!r}): a cut is searched in one "
             "whose layers all have the same sizes."
         )
+    if len(set(parent.kinds)) > 1:
+        raise UserError(
+            f"init.path is a model with layers of several kinds (layer_kinds={parent.layer_kinds!r}): a cut is "
+            "searched in one whose layers are all alike, as a layer's window and positions are constants of the "
+            "program that computes every candidate. Take init.kind='inherit' or 'subnet' with init.layers."
+        )
     one_of("search.granularity", search.granularity, ("coarse", "fine"))
     one_of("search.scope", search.scope, ("uniform", "layerwise"))
     one_of("search.layer_choice", search.layer_choice, ("any", "first"))

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lmboost.models import attention, transformer
+from lmboost.models.block import Block
 from lmboost.models.model_config import ModelConfig
-from lmboost.models.transformer import Block
 
 SHARE = 0.90  # of the squared norm
 
@@ -59,7 +59,7 @@ def attention_matrices(config: ModelConfig, params, tokens_BxT: jax.Array) -> ja
             {"params": weights}, states[layer], segment_ids, positions, jnp.int32(layer), mutable=["intermediates"]
         )
         ((q_BxTxHxN, k_BxTxKxN),) = seen["intermediates"]["attn"]["queries_and_keys"]
-        return attention.weights(q_BxTxHxN, k_BxTxKxN, segment_ids, config.sliding_window)
+        return attention.weights(q_BxTxHxN, k_BxTxKxN, segment_ids, own.attention_rule)
 
     return jnp.stack([one(layer) for layer in layers])
 

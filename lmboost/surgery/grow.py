@@ -3,7 +3,8 @@
 Each layer of the parent stays, and new ones are put among them (`GROWTHS`). Copies of whole layers are stacking (arXiv
 2405.15319) and interposing (arXiv 2011.13635); copies or random layers whose output projections are zero add nothing at
 first, so that the child computes what the parent does (arXiv 2401.02415, 2511.04981). Moments of what was there are
-kept, those of what is new begin at zero.
+kept, those of what is new begin at zero. Where a norm follows each sublayer and another goes before it (Gemma 2), that
+norm is zero instead.
 """
 
 import dataclasses

@@ -27,9 +27,9 @@ from jax.sharding import Mesh
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models import transformer
+from lmboost.models import layer_kinds, transformer
+from lmboost.models.block import Block
 from lmboost.models.model_config import ModelConfig
-from lmboost.models.transformer import Block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +107,9 @@ def sums(config: ModelConfig, params: Any, tokens_BxT, segment_ids_BxT, position
     def over_tokens(x):
         return jnp.sum(counts_BxT.reshape(counts_BxT.shape + (1,) * (x.ndim - 2)) * x, axis=(0, 1))
 
-    def layer_step(x_BxTxD, layer_and_params):
+    def layer_step(kind, x_BxTxD, layer_and_params):
         layer, weights = layer_and_params
-        (y_BxTxD, _), seen = Block(config, parent=None).apply(
+        (y_BxTxD, _), seen = Block(config.of_kind(kind), parent=None).apply(
             {"params": weights}, x_BxTxD, segment_ids_BxT, positions_BxT, layer, mutable=["intermediates"]
         )
         ((attn_in_BxTxD, heads_BxTxHxN),) = seen["intermediates"]["attn"]["inputs_and_heads"]
@@ -121,7 +121,8 @@ def sums(config: ModelConfig, params: Any, tokens_BxT, segment_ids_BxT, position
             "units": over_tokens(_size(units_BxTxF)),
         }
 
-    _, of_layers = jax.lax.scan(layer_step, states[0], (jnp.arange(config.num_layers), params["layers"]))
+    step_of, layers = functools.partial(functools.partial, layer_step), jnp.arange(config.num_layers)
+    _, of_layers = layer_kinds.scan(step_of, states[0], config.kinds, layers, params["layers"])
     found = of_layers | {"tokens": counts_BxT.sum()}
     return {name: sharding.constrain(x, (None,) * x.ndim) for name, x in found.items()}
 

@@ -22,6 +22,8 @@ from lmboost.models.model_config import ModelConfig, Segment
 # What a model has besides its layers: where that is in the parameters, and what the user calls it.
 PARTS = {"embed": "embedding", "position_embed": "positions", "final_norm": "final_norm", "head": "head"}
 
+_LAST_SCALES = ("attn_post_norm/scale", "mlp_post_norm/scale")
+
 
 @dataclasses.dataclass(frozen=True)
 class Inheritance:
@@ -31,7 +33,7 @@ class Inheritance:
       layers: for each layer of the child, the layer of the parent that it starts as, counted from 0.
       parent, child: what the two are; the child's layers have the sizes of those that they start as.
       fresh: parts (of PARTS) that are not inherited.
-      silent: layers of the child whose output projections begin as zeros.
+      silent: layers of the child whose output projections, or norms of what these give, begin as zeros.
     """
 
     layers: tuple[int, ...]
@@ -64,19 +66,27 @@ class Inheritance:
         """The child's layers, those that are silent with zeros wherever they give to the residual stream."""
         if not self.silent:
             return layers
-        norms = ("attn_norm/bias", "mlp_norm/bias") if self.child.norm_placement == "post" else ()
 
         def silenced(segment: Segment, stack: Any) -> Any:
             keep = np.array([layer not in self.silent for layer in range(segment.start, segment.stop)])
 
             def leaf(keys, x):
-                path = sharding.path_name(keys)
-                gives = axes.sides(f"layers/{path}")[1] == ("embed",) or path in norms
-                return x * keep.reshape(-1, *[1] * (x.ndim - 1)).astype(x.dtype) if gives else x
+                path, kept = sharding.path_name(keys), keep.reshape(-1, *[1] * (x.ndim - 1))
+                if path in _LAST_SCALES and self.child.zero_centred_norm:
+                    return jnp.where(kept, x, -jnp.ones_like(x))
+                return x * kept.astype(x.dtype) if self._gives(path) else x
 
             return jax.tree_util.tree_map_with_path(leaf, stack)
 
         return transformer.join_layers([silenced(*part) for part in transformer.split_layers(self.child, layers)])
+
+    def _gives(self, path: str) -> bool:
+        """Whether a layer is silent where this parameter of it, and all like it, are zeros."""
+        if self.child.norm_placement == "both":
+            # Not the projections before these norms: the gradient of a norm at zero is 1 / sqrt(norm_eps).
+            return path in (*_LAST_SCALES, "attn_post_norm/bias", "mlp_post_norm/bias")
+        norms = ("attn_norm/bias", "mlp_norm/bias") if self.child.norm_placement == "post" else ()
+        return axes.sides(f"layers/{path}")[1] == ("embed",) or path in norms
 
     def report(self, params: Mapping[str, Any]) -> list[str]:
         """What became of each part of a parameter tree of the child, a line each."""
@@ -144,8 +154,9 @@ def _plan(
 
 
 def of_layers(parent: ModelConfig, layers: Sequence[int]) -> ModelConfig:
-    """The model that some layers of a parent make, with the sizes that these have."""
-    return parent.with_sizes([parent.sizes[layer] for layer in layers])
+    """The model that some layers of a parent make, with the sizes and kinds that these have."""
+    sizes, kinds = parent.sizes, parent.kinds
+    return parent.with_layers([sizes[layer] for layer in layers], [kinds[layer] for layer in layers])
 
 
 def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:

@@ -55,13 +55,15 @@ def child_config(parent: ModelConfig, cut: Cut) -> ModelConfig:
     Raises a UserError where the cut names what the parent has not, or not in order.
     """
     check(parent, cut)
-    return dataclasses.replace(parent, d_model=len(cut.width)).with_sizes([layer.sizes for layer in cut.layers])
+    kinds = parent.kinds
+    child = dataclasses.replace(parent, d_model=len(cut.width))
+    return child.with_layers([layer.sizes for layer in cut.layers], [kinds[layer.layer] for layer in cut.layers])
 
 
 def extract(parent: ModelConfig, params: Mapping[str, Any], cut: Cut) -> dict[str, Any]:
     """The parameters of `child_config(parent, cut)`: copies of the parent's."""
     width = np.array(cut.width, np.int32)
-    runs = [_layer_slots(parent, cut.layers[start:stop]) for start, stop, _ in child_config(parent, cut).segments()]
+    runs = [_layer_slots(parent, cut.layers[start:stop]) for start, stop, *_ in child_config(parent, cut).segments()]
     stacks = [slots.gather_layers(parent, params["layers"], width, run) for run in runs]
     return slots.gather_rest(params, width) | {"layers": transformer.join_layers(stacks)}
 

@@ -7,7 +7,8 @@ with zeros where the cut has nothing, and rescaled so that it computes exactly w
   multiplied by s = sqrt(D / e), which makes the mean square over D that over e, and what reads it is divided by s.
 - LayerNorm takes off the mean over D: what is written to the stream is centred over the e features beforehand, which
   a LayerNorm does not see.
-- Attention divides by sqrt(N) instead of sqrt(n): queries are multiplied by sqrt(N / n).
+- Attention divides by sqrt(N) instead of sqrt(n), unless it has a scale of its own: queries are multiplied by
+  sqrt(N / n).
 - The rotary frequencies of a head of n features are some of those of N where the rotated part of n divides that of N:
   features are put where their frequency is.
 - Heads, units and layers of zeros add nothing.
@@ -16,6 +17,7 @@ Shape suffixes: D width, L layers, H query heads, K key/value heads, N head size
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +30,8 @@ from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import slots, subnet
 from lmboost.surgery.subnet import Cut, LayerCut
+
+_OF_ONE_SIZE = ("dynamic", "yarn", "longrope")  # scalings in which smaller heads turn as no larger ones do
 
 
 class Scales(NamedTuple):
@@ -63,6 +67,12 @@ def hull_config(parent: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
     sizes = dict(sizes)
     sizes["num_heads"] = sizes["num_kv_heads"] * sizes.pop("group_heads")
     hull = dataclasses.replace(parent, tie_embeddings=False, **sizes)
+    if len(set(parent.kinds)) > 1:
+        raise UserError(
+            f"cuts of a model with model.layer_kinds={parent.layer_kinds!r} can't be searched: the candidates are "
+            "computed by one program, in which a layer's window and positions are constants. Take init.kind='inherit' "
+            "or 'subnet' with init.layers, or another parent."
+        )
     centred = parent.norm != "rmsnorm"
     if centred and not (parent.final_norm and parent.norm_placement == "pre"):
         raise UserError(
@@ -119,13 +129,14 @@ def _place_layer(parent: ModelConfig, hull: ModelConfig, layer: LayerCut) -> tup
 def layer_scales(hull: ModelConfig, heads: int, groups: int, features: int) -> Scales:
     """The factors of a layer that has so many heads, key/value heads and features of a head."""
     head = (hull.head_dim / features) ** 0.5
+    logits = 1.0 if hull.attn_scale else head  # what they are to be multiplied by
     if hull.qk_norm == "none":
-        return Scales(head, 1.0, 1.0, 1.0)
+        return Scales(logits, 1.0, 1.0, 1.0)
     if hull.qk_norm == "head":
-        return Scales(head, head, 1.0, 1 / head)
+        return Scales(head, head, logits / head, 1 / head)
     q = head * (hull.num_heads / heads) ** 0.5
     k = head * (hull.num_kv_heads / groups) ** 0.5
-    return Scales(q, k, head / q, 1 / k)
+    return Scales(q, k, logits / q, 1 / k)
 
 
 def _fill(entries: Sequence[int], places: Sequence[int], size: int, name: str) -> np.ndarray:
@@ -150,7 +161,8 @@ def feature_places(hull: ModelConfig, features: int) -> list[int]:
         raise UserError(
             f"head_dim={features} with {own} rotated features has no place in head_dim={hull.head_dim} with {room}: "
             "the smaller number must divide the larger one, so that its frequencies are among those, and there must be "
-            "room for what is not rotated. Choose head sizes that divide each other."
+            "room for what is not rotated. Choose head sizes that divide each other, or, where model.rope_scaling is "
+            f"one of {', '.join(_OF_ONE_SIZE)}, the parent's."
         )
     pairs = [i * (room // own) for i in range(own // 2)]
     return [*pairs, *(room // 2 + i for i in pairs), *range(room, room + features - own)]
@@ -161,6 +173,8 @@ def has_room(hull: ModelConfig, features: int) -> bool:
     if hull.position != "rope":
         return features <= hull.head_dim
     own, room = dataclasses.replace(hull, head_dim=features).rotary_dim, hull.rotary_dim
+    if own != room and own and hull.scales_positions and hull.rope_scaling in _OF_ONE_SIZE:
+        return False
     return features - own <= hull.head_dim - room and (own <= room and room % own == 0 if own else True)
 
 
@@ -177,13 +191,17 @@ def apply(parent: ModelConfig, params: Mapping[str, Any], hull: ModelConfig, vie
             x = x - kept_D * (x.sum(-1, keepdims=True) / kept_D.sum())
         return x * s
 
+    def read(scale):
+        """The scale of a norm that reads the stream."""
+        return (scale + 1) / s - 1 if parent.zero_centred_norm else scale / s
+
     def rescaled(keys, x):
         name = sharding.path_name(keys)
         inputs, outputs = axes.sides(f"layers/{name}")
         if outputs == ("embed",):
             return written(x)
-        if parent.norm_placement == "pre":
-            return x / s if name in ("attn_norm/scale", "mlp_norm/scale") else x
+        if parent.norm_placement != "post":
+            return read(x) if name in ("attn_norm/scale", "mlp_norm/scale") else x
         return x / s if inputs == ("embed",) else x
 
     out = slots.gather_rest(params, view.width)
@@ -192,23 +210,29 @@ def apply(parent: ModelConfig, params: Mapping[str, Any], hull: ModelConfig, vie
         if name in out:
             out[name] = {"embedding": written(out[name]["embedding"])}
     if "final_norm" in out:
-        out["final_norm"] = out["final_norm"] | {"scale": out["final_norm"]["scale"] / s}
+        out["final_norm"] = out["final_norm"] | {"scale": read(out["final_norm"]["scale"])}
     else:
         out["head"] = out["head"] / s
     layers = slots.gather_layers(parent, params["layers"], view.width, view.layers)
-    layers = rescale_attention(layers, view.scales)
+    layers = rescale_attention(parent, layers, view.scales)
     return out | {"layers": jax.tree_util.tree_map_with_path(rescaled, layers)}
 
 
-def rescale_attention(layers: Mapping[str, Any], scales: Scales) -> dict[str, Any]:
-    """Stacked layers with their queries, keys and the norms of these multiplied."""
+def rescale_attention(config: ModelConfig, layers: Mapping[str, Any], scales: Scales) -> dict[str, Any]:
+    """Stacked layers of a model with their queries, keys and the norms of these multiplied."""
     attn = dict(layers["attn"])
     for name, factor_L in scales._asdict().items():
+        times = functools.partial(_norm_times, config) if name.endswith("norm") else _times
         if name in attn:
-            attn[name] = {key: _times(x, factor_L) for key, x in attn[name].items()}
+            attn[name] = {key: times(x, factor_L) for key, x in attn[name].items()}
     return {**layers, "attn": attn}
 
 
 def _times(x: jax.Array, factor_L: Any) -> jax.Array:
-    """Each layer of a stack times its factor, in the stack's dtype."""
+    """A parameter, or each layer of a stack, times its factor, in the stack's dtype."""
     return (x * jnp.asarray(factor_L).reshape((-1,) + (1,) * (x.ndim - 1))).astype(x.dtype)
+
+
+def _norm_times(config: ModelConfig, scale: jax.Array, factor: Any) -> jax.Array:
+    """The scale of a norm that gives so many times as much."""
+    return _times(scale + 1.0, factor) - 1.0 if config.zero_centred_norm else _times(scale, factor)

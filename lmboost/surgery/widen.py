@@ -74,5 +74,5 @@ def widen(config: ModelConfig, params: Mapping[str, Any], wide: ModelConfig) -> 
         own = dataclasses.replace(segment.config, num_layers=segment.stop - segment.start)
         hull = dataclasses.replace(wide, num_layers=own.num_layers)
         held, scales = view.place_layers(own, hull, subnet.whole(own).layers)
-        stacks.append(view.rescale_attention(slots.gather_layers(own, stack, width, held), scales))
+        stacks.append(view.rescale_attention(own, slots.gather_layers(own, stack, width, held), scales))
     return {**params, "layers": jax.tree.map(lambda *xs: jnp.concatenate(xs), *stacks)}

@@ -151,7 +151,7 @@ def brute_chunks(own, others):
         ends = sorted({t[1] for t in own if t[0] == number} & {t[1] for t in others if t[0] == number} - {None})
         bad = next((t[2] for t in others if t[0] == number), [])
         for low, high in itertools.pairwise(ends):
-            if any(low < max(b, a + 1) and high > a for a, b in bad):
+            if any(low < max(b, a + 1) and high > min(a, b - 1) for a, b in bad):
                 continue
             at = lambda t: t[2][0][1] if t[1] is None else t[1]  # noqa: E731
             inside = lambda row: tuple(i for i, t in enumerate(row) if t[0] == number and low < at(t) <= high)  # noqa: B023, E731
@@ -204,6 +204,11 @@ def test_rows_are_those_of_a_slow_search_by_bytes(kinds, data, other, texts, dra
         assert set(found[len(expected) :]) <= {-1}
         want = {(a, b) for a, b in brute_chunks(own, others) if b[-1] <= longest}
         assert chunks_of(batch, row) == want
+        for mine, its in want:
+            text, said = left.join(window.tokens[list(mine)]), right.join(np.array(tokens)[list(its)])
+            assert (
+                text.removeprefix(b" " * left.puts_space) == said.removeprefix(b" " * right.puts_space) or text == said
+            )
     assert not batch["teacher_segment_ids"][-1].any() and (batch["teacher_index"][-1] == -1).all()
 
 
@@ -282,3 +287,6 @@ def test_unknown_characters_and_added_tokens(tmp_path):
     pieces = bytes_of.load(str(tmp_path))
     ids = pieces.tokenizer.encode("a a\u00e9<\u2581x>a")
     assert pieces.join(ids).decode() == "a a\ufffd<\u2581x>a" and pieces.unknown == 0 and not pieces.puts_space
+    (record,) = records.cut([ids], len(ids))
+    found = retokenize.measure([windows.window(record, 0, len(ids))], str(tmp_path), str(tmp_path))
+    assert found.unknown == 1 and found.ratio == 1 and found.same == 1, "U+FFFD has no token either"

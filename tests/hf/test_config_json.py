@@ -7,6 +7,7 @@ import pytest
 
 from lmboost.errors import UserError
 from lmboost.hf import config_json, writer
+from lmboost.hf.families import GEMMA3
 from lmboost.models.presets import preset
 from tests import hub
 
@@ -28,7 +29,7 @@ KEYS = {
         {"architectures": ["BertForMaskedLM"], "model_type": "bert"},
         r"BertForMaskedLM .* \(attention to later tokens\)",
     ),
-    "gemma2": ({"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}, "Gemma2ForCausalLM.*soft-capping"),
+    "falcon": ({"architectures": ["FalconForCausalLM"], "model_type": "falcon"}, "FalconForCausalLM.*one norm for"),
     "unheard of": (
         {"architectures": ["XForCausalLM"], "model_type": "x"},
         "XForCausalLM .*is no arch.*Expected one of Llama",
@@ -40,11 +41,28 @@ KEYS = {
     "own code": ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map=.* is not known"),
     "zero is a value": ({"residual_multiplier": 0}, "residual_multiplier=0 is not known"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu': the decoder computes only what 'silu' or 'swish'"),
-    "yarn": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "no rotary positions of type 'yarn'"),
-    "linear": ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "no rotary positions of type 'linear'"),
+    "rope type": ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "no rotary positions of type 'ntk', only def"),
+    "linear without": ({"rope_scaling": {"type": "linear"}}, "expected 'factor' in it"),
+    "yarn cut off": (
+        {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "truncate": False}},
+        "expected its 'truncate' to be true",
+    ),
+    "longrope without": ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "expected 'short_factor' in it"),
+    "longrope number": (
+        {"rope_scaling": {"type": "longrope", "factor": 4.0, "short_factor": [1.0, 0], "long_factor": [1.0]}},
+        "expected a list of positive numbers as short_factor",
+    ),
+    "longrope length": (
+        {"rope_scaling": {"type": "longrope", "factor": 4.0, "short_factor": [1.0], "long_factor": [1.0] * 4}},
+        "rope_short_factors has 1 numbers, but heads of 8 features turn 4 pairs of them",
+    ),
     "rope key": ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "'mrope_section' is not known"),
     "rope by layer": (
         {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_theta": 1e4}}},
+        "'full_attention' is not known",
+    ),
+    "rope by two kinds of layers": (
+        {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), {"rope_theta": 1e4})},
         "'full_attention' is not known",
     ),
     "llama3 without": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "expected 'low_freq_factor' in it"),
@@ -67,10 +85,24 @@ OTHERS = {
     "gpt2 heads": ("gpt2", {"n_head": 7}, "expected a divisor of the width"),
     "neox rotary": ("gpt_neox", {"hidden_size": 512, "num_attention_heads": 8, "rotary_pct": 0.05}, "3 of 64 features"),
     "neox two bases": ("gpt_neox", {"rope_theta": 500.0}, "rope_theta=500.0"),
-    "qwen some layers": ("qwen2", {"use_sliding_window": True}, "max_window_layers=28: expected .* in all 32 layers"),
     "qwen layer types": (
-        "qwen3", {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]}, "layer_types=",
+        "qwen3", {"num_hidden_layers": 3, "layer_types": ["full_attention"] * 2},
+        "layer_types=.*: expected full_attention or sliding_attention for each of the 3 layers",
     ),
+    "gemma activation": ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+    "gemma types": ("gemma3_text", {"layer_types": ["chunked_attention"] * 26}, "layer_types=.*: expected full_attent"),
+    "gemma partial": ("gemma2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5: expected 1.0 in this"),
+    "gemma local": (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_type": "linear"}}},
+        "rope_parameters=.*: expected the default type in layers that have a window",
+    ),
+    "gemma bidirectional": ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+    "gemma window": ("gemma2", {"sliding_window": None}, "sliding_window=None: expected its size, as layers"),
+    "smollm3 positions": ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers=.*: expected 0 or 1 for each"),
+    "smollm3 windows": ("smollm3", {"use_sliding_window": True}, "use_sliding_window=True"),
+    "phi3 code": ("phi3", {"auto_map": {"AutoConfig": "mine.Config"}}, "auto_map=.*: expected what Phi-3's own files"),
+    "granite bias": ("granite", {"residual_multiplier": 0.0}, "residual_scale=0.0: expected a finite number above 0"),
     "qwen no window": (
         "qwen3", {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}, "sliding_window=4096: expected its",
     ),
@@ -142,18 +174,39 @@ def test_published_configs_are_the_presets(name, tmp_path):
 
 # ---------------------------------------------------------------- the way out
 
+GEMMA = {
+    "norm_placement": "both", "zero_centred_norm": True, "mlp": "gelu_tanh_gated", "embed_scale": 32**0.5,
+    "layer_kinds": "window,full", "sliding_window": 8, "logit_softcap": 30.0,
+}  # fmt: skip
 FITS = {
     "LlamaForCausalLM": {},
     "MistralForCausalLM": {"sliding_window": 8},
     "Qwen2ForCausalLM": {"qkv_bias": True},
     "Qwen3ForCausalLM": {"qk_norm": "head", "sliding_window": 8},
     "Olmo2ForCausalLM": {"qk_norm": "full", "norm_placement": "post"},
+    "Olmo3ForCausalLM": {
+        "qk_norm": "full",
+        "norm_placement": "post",
+        "layer_kinds": "window,full",
+        "sliding_window": 8,
+        "rope_scaling": "yarn",
+        "rope_scaling_factor": 4.0,
+        "rope_local_theta": 10000.0,
+    },
+    "SmolLM3ForCausalLM": {"layer_kinds": "full,nope"},
+    "GraniteForCausalLM": {"residual_scale": 0.5},
+    "Phi3ForCausalLM": {"rope_fraction": 0.5},
+    "Gemma2ForCausalLM": GEMMA,
+    "Gemma3ForCausalLM": GEMMA | {"qk_norm": "head", "rope_local_theta": 500.0},
 }
 MISFITS = {
     "norm": ({"norm": "layernorm_nobias"}, "norm='layernorm_nobias'"),
     "gate": ({"mlp": "relu"}, "mlp='relu'"),
     "final": ({"final_norm": False}, r"LlamaForCausalLM would, but for final_norm=False \(expected True\)"),
     "biases": ({"attn_out_bias": True}, "qkv_bias=False and attn_out_bias=True"),
+    "width": (GEMMA | {"embed_scale": 4.0}, r"Gemma2ForCausalLM would, but for embed_scale=4.0 \(expected 5.65"),
+    "scale": (GEMMA | {"attn_scale": 0.3}, r"attn_scale=0.3 \(expected 1 / sqrt of a whole number"),
+    "kinds": ({"layer_kinds": "full,window,nope", "sliding_window": 8}, r"layer_kinds='full,window,nope' \(expected "),
     "qk": ({"qk_norm": "full"}, "Olmo2ForCausalLM would, but for norm_placement='pre'|LlamaFor.*qk_norm='full'"),
 }
 
@@ -168,3 +221,10 @@ def test_what_no_architecture_computes_is_named(name):
     changes, message = MISFITS[name]
     with pytest.raises(UserError, match=message):
         writer.family_of(dataclasses.replace(hub.LLAMA, **changes))
+
+
+def test_windows_whose_positions_are_scaled_are_no_gemma_3():
+    changes = GEMMA | {"qk_norm": "head", "rope_scaling": "linear", "rope_scaling_factor": 8.0}
+    model = dataclasses.replace(hub.LLAMA, **changes)
+    assert GEMMA3.misfits(model) == ["rope_local_theta=0.0 (expected 10000.0)"]
+    assert not GEMMA3.misfits(dataclasses.replace(model, rope_local_theta=10000.0))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from lmboost import checkpoint, sharding  # noqa: E402
 from lmboost.data import tokenizer as tokenizer_lib  # noqa: E402
-from lmboost.hf import config_json, tokenizer_files, weights, writer  # noqa: E402
+from lmboost.hf import config_json, reader, tokenizer_files, weights, writer  # noqa: E402
 from tests import hub  # noqa: E402
 
 pytestmark = pytest.mark.peers
@@ -28,6 +28,18 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }  # fmt: skip
 WINDOW = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}
+DEEP = LLAMA | {"num_hidden_layers": 9}  # two periods of four, and one more
+PLAIN = {"rope_type": "default", "rope_theta": 100.0}
+LINEAR = {"rope_type": "linear", "rope_theta": 5e4, "factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {  # 6 of 8 features are turned
+    "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 8.0], "original_max_position_embeddings": 16,
+}  # fmt: skip
+GEMMA = LLAMA | {
+    "num_hidden_layers": 7, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 MODELS = {
     "gpt2": ("GPT2", GPT2),
     "gpt2-others": (
@@ -53,8 +65,32 @@ MODELS = {
     "qwen2-window": ("Qwen2", LLAMA | WINDOW),
     "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
     "olmo2": ("Olmo2", LLAMA),
+    "qwen3-kinds": ("Qwen3", LLAMA | WINDOW | {"head_dim": 16, "max_window_layers": 1}),
+    "olmo3": ("Olmo3", DEEP | {"sliding_window": 8}),
+    "olmo3-yarn": (
+        "Olmo3", DEEP | {"sliding_window": 8, "rope_parameters": {"sliding_attention": PLAIN, "full_attention": YARN}},
+    ),
+    "smollm3": ("SmolLM3", DEEP | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}),
+    "granite": (
+        "Granite",
+        LLAMA | {"embedding_multiplier": 12.0, "logits_scaling": 8.0, "residual_multiplier": 0.22,
+                 "attention_multiplier": 0.2, "tie_word_embeddings": True},
+    ),
+    "phi3": ("Phi3", LLAMA | {"sliding_window": 8}),
+    "phi4": (
+        "Phi3",
+        LLAMA | {"tie_word_embeddings": True, "rope_parameters": LONGROPE, "original_max_position_embeddings": 16},
+    ),
+    "gemma2": ("Gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3Text", GEMMA | {"rope_parameters": {"sliding_attention": PLAIN, "full_attention": LINEAR}}),
+    "falcon3": ("Llama", LLAMA | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1000042}}),
+    "linear": ("Llama", LLAMA | {"rope_parameters": LINEAR}),
+    "dynamic": ("Llama", LLAMA | {"max_position_embeddings": 16, "rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
+    "yarn": ("Qwen3", LLAMA | {"head_dim": 32, "rope_parameters": YARN}),
+    "yarn-others": ("Llama", LLAMA | {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3}}),
 }  # fmt: skip
 FAMILIES = ("gpt2", "opt", "pythia", "llama", "mistral", "qwen2", "qwen3", "olmo2")
+LATER = ("olmo3", "smollm3", "granite", "phi4", "gemma2", "gemma3")
 TOKENS = np.random.default_rng(0).integers(0, hub.VOCAB, (8, 33)).astype(np.int32)
 
 
@@ -91,7 +127,8 @@ def load(directory, mesh, dtype="float32", **changes):
 def export(directory, model, params, source, **more):
     directory.mkdir()
     tokenizer = tokenizer_lib.load(source)
-    manifest = {"model": vars(model), "data": {"tokenizer": tokenizer.fingerprint}}
+    origin = {"source": reader.read_manifest(source)["source"]} if (source / "config.json").exists() else {}
+    manifest = {"model": vars(model), "data": {"tokenizer": tokenizer.fingerprint}} | origin
     return writer.export(directory, model, params, manifest, tokenizer, **more)
 
 
@@ -124,7 +161,7 @@ def test_there_and_back(name, tmp_path):
     assert ids == tokenizer_lib.load(tmp_path / "hub").encode(text).tolist()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, "phi3", "gemma3"))
 def test_on_eight_devices_and_in_small_blocks_it_is_the_same(name, tmp_path, monkeypatch):
     """Heads, widths and padded vocabulary spread over the mesh; blocks of a few rows."""
     make(name, tmp_path)
@@ -149,7 +186,7 @@ def test_on_eight_devices_and_in_small_blocks_it_is_the_same(name, tmp_path, mon
     assert_same_tensors(tensors(tmp_path), tensors(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, "phi4", "gemma3"))
 def test_of_any_length(name, tmp_path):
     theirs = make(name, tmp_path)
     model, params = load(tmp_path, hub.one_device())
@@ -226,7 +263,7 @@ def test_a_qwen2_of_another_tokenizer_is_written_as_a_llama(tmp_path):
     np.testing.assert_allclose(torch_logits(again, TOKENS), torch_logits(theirs, TOKENS), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, *LATER))
 def test_autotokenizer_reads_a_tokenizer_json_as_it_is(name, tmp_path):
     """Whatever it does to texts and whichever class its files name, beside every architecture."""
     bytes_, normal = hub.tokenizers.pre_tokenizers.ByteLevel, hub.tokenizers.normalizers
@@ -259,7 +296,7 @@ def test_autotokenizer_reads_a_tokenizer_json_as_it_is(name, tmp_path):
             assert read(text, add_special_tokens=False).input_ids == own.encode(text).tolist(), (kind, text)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", (*FAMILIES, *LATER))
 def test_autotokenizer_reads_a_sentencepiece_model_as_it_is(name, tmp_path):
     """Ids, their text and the specials, beside every architecture."""
     texts = ["def f(x):\n\tif x:\n        return '\u00e9'  # note   \n\n" * 20]

@@ -9,7 +9,7 @@ import pytest
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models.attention import attend, resolve, splash_block
+from lmboost.models.attention import PLAIN, Rule, attend, resolve, splash_block
 
 B, T, N = 4, 128, 16
 
@@ -21,17 +21,26 @@ def inputs(heads, kv_heads, rows=B, length=T, features=N, seed=0):
     return q, k, v, segment_ids
 
 
-def oracle(q, k, v, segment_ids, window=0):
+def oracle(q, k, v, segment_ids, rule=PLAIN):
     """Dense, in float64, one query head at a time."""
     out = np.zeros(q.shape)
     group = q.shape[2] // k.shape[2]
     for b, h in np.ndindex(q.shape[0], q.shape[2]):
-        logits = q[b, :, h].astype(float) @ k[b, :, h // group].T.astype(float) / np.sqrt(q.shape[-1])
+        logits = q[b, :, h].astype(float) @ k[b, :, h // group].T.astype(float)
+        logits *= rule.scale or 1 / np.sqrt(q.shape[-1])
+        logits = rule.softcap * np.tanh(logits / rule.softcap) if rule.softcap else logits
         allowed = np.tril(segment_ids[b][:, None] == segment_ids[b][None, :])
-        allowed = np.triu(allowed, 1 - window) if window else allowed
+        allowed = np.triu(allowed, 1 - rule.window) if rule.window else allowed
         weights = np.exp(np.where(allowed, logits - logits.max(-1, keepdims=True), -np.inf))
         out[b, :, h] = weights / weights.sum(-1, keepdims=True) @ v[b, :, h // group]
     return out
+
+
+def test_a_soft_cap_is_not_for_cudnn():
+    resolve_ = functools.partial(resolve, platform="gpu", seq_len=1024, head_dims=[64], dtype="bfloat16")
+    assert resolve_("auto") == resolve_("cudnn") == "cudnn" and resolve_("auto", softcap=True) == "xla"
+    with pytest.raises(UserError, match="attention='cudnn' needs .*no attn_softcap; here: .*1024, attn_softcap"):
+        resolve_("cudnn", softcap=True)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (6, 1)])
@@ -45,15 +54,29 @@ def test_equals_the_dense_oracle(implementation, heads, kv_heads):
 @pytest.mark.parametrize("implementation", ["xla", "splash_interpret"])
 def test_a_window_equals_the_dense_oracle(implementation, window):
     args = inputs(4, 2, rows=2)
-    np.testing.assert_allclose(attend(*args, implementation, window), oracle(*args, window), atol=2e-5)
+    np.testing.assert_allclose(attend(*args, implementation, Rule(window)), oracle(*args, Rule(window)), atol=2e-5)
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def value_and_gradients(q, k, v, segment_ids, implementation):
+@pytest.mark.parametrize("rule", [Rule(scale=0.7), Rule(softcap=1.5), Rule(20, 0.7, 1.5)])
+@pytest.mark.parametrize("implementation", ["xla", "splash_interpret"])
+def test_a_scale_and_a_soft_cap_equal_the_dense_oracle(implementation, rule):
+    args = inputs(4, 2, rows=2)
+    np.testing.assert_allclose(attend(*args, implementation, rule), oracle(*args, rule), atol=2e-5)
+
+
+def test_a_soft_cap_has_the_same_gradient_in_both_kernels():
+    args, rule = inputs(4, 2, rows=2), Rule(20, 0.7, 1.5)
+    a, b = (value_and_gradients(*args, implementation=name, rule=rule) for name in ("xla", "splash_interpret"))
+    for x, y in zip(a, b, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 * float(jnp.abs(x).max()))
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "rule"))
+def value_and_gradients(q, k, v, segment_ids, implementation, rule=PLAIN):
     def total(q, k, v):
         q = sharding.constrain(q, ("batch", "length", "heads", None))
         k, v = (sharding.constrain(x, ("batch", "length", "kv_heads", None)) for x in (k, v))
-        y = attend(q, k, v, segment_ids, implementation)
+        y = attend(q, k, v, segment_ids, implementation, rule)
         return (y**2 * jnp.arange(1.0, N + 1)).mean(), y
 
     gradients, y = jax.grad(total, argnums=(0, 1, 2), has_aux=True)(q, k, v)

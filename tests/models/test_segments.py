@@ -16,8 +16,8 @@ from lmboost.config import base, load
 from lmboost.errors import UserError
 from lmboost.generate import Generator
 from lmboost.models import attention, transformer
+from lmboost.models.block import Block
 from lmboost.models.model_config import LayerSizes, ModelConfig, format_sizes, parse_sizes
-from lmboost.models.transformer import Block
 from lmboost.surgery import attention_rank
 from tests import runs
 from tests.compare import assert_same, losses

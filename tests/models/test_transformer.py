@@ -12,7 +12,7 @@ import pytest
 
 from lmboost import sharding
 from lmboost.errors import UserError
-from lmboost.models import model_config, rope, transformer
+from lmboost.models import block, model_config, transformer
 from lmboost.models.model_config import ModelConfig
 from lmboost.models.presets import PRESETS, tiny
 
@@ -37,6 +37,16 @@ GRID = {
     "by layer": {"scale_attn_by_layer": True, "num_kv_heads": 1, "rope_scaling_factor": 8.0},
     "post norm": {"norm_placement": "post", "qk_norm": "full"},
     "sliding window": {"sliding_window": 5},
+    "gemma": {
+        "layer_kinds": "window,full", "sliding_window": 5, "rope_local_theta": 100.0, "norm_placement": "both",
+        "zero_centred_norm": True, "mlp": "gelu_tanh_gated", "qk_norm": "head", "embed_scale": 3.0,
+        "attn_scale": 0.4, "attn_softcap": 2.0, "logit_softcap": 3.0,
+    },
+    "granite, nope": {
+        "layer_kinds": "full,nope", "residual_scale": 0.3, "logit_divisor": 4.0, "rope_scaling": "yarn",
+        "rope_scaling_factor": 4.0, "rope_original_seq_len": 16, "rope_high_freq_factor": 32.0,
+        "rope_attention_factor": 1.2,
+    },
     "remat": {"remat": "dots", "vocab_multiple": 128, "tie_embeddings": True},
 }  # fmt: skip
 CONFIGS = {name: dataclasses.replace(BASE, **changes) for name, changes in GRID.items()}
@@ -51,7 +61,7 @@ def params_of(config, scale=0.2):
     shapes = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
 
     def draw(path, x):
-        ones = jax.tree_util.keystr(path).endswith("['scale']")
+        ones = jax.tree_util.keystr(path).endswith("['scale']") and not config.zero_centred_norm
         return np.asarray(ones + scale * rng.normal(size=x.shape), np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -228,83 +238,6 @@ def test_remat_recomputes_what_it_says():
     assert products("full") == products("dots") + dense - 1  # nothing needs the last one's output
 
 
-# Rotary positions
-
-
-def rope_config(**changes):
-    return dataclasses.replace(BASE, head_dim=16, **changes)
-
-
-def test_rope_depends_on_distance_only():
-    config = rope_config()
-    rng = np.random.default_rng(0)
-    q, k = (np.broadcast_to(rng.normal(size=(1, 1, 1, 16)), (1, 9, 1, 16)).astype(np.float32) for _ in range(2))
-
-    def scores(shift):
-        positions = jnp.arange(9)[None] + shift
-        q2, k2 = (rope.apply(jnp.asarray(x), positions, config)[0, :, 0] for x in (q, k))
-        return q2 @ k2.T
-
-    close(scores(0), scores(100), 1e-4)
-    for distance in range(-8, 9):  # the score is constant along each diagonal
-        diagonal = np.diagonal(scores(0), distance)
-        close(diagonal, np.full_like(diagonal, diagonal[0]), 1e-4)
-    assert np.std(scores(0)) > 0.1
-
-
-def test_rope_keeps_norms_and_position_zero():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
-    y = rope.apply(x, jnp.arange(5)[None].repeat(2, 0), rope_config())
-    close(jnp.linalg.norm(x, axis=-1), jnp.linalg.norm(y, axis=-1))
-    close(x[:, 0], y[:, 0])
-
-
-def test_rope_against_complex_numbers():
-    config, x = rope_config(rope_theta=500.0), np.random.default_rng(0).normal(size=(1, 7, 2, 16))
-    turn = np.exp(1j * np.outer(np.arange(7), 500.0 ** (-np.arange(0, 16, 2) / 16)))[None, :, None]
-    z = (x[..., :8] + 1j * x[..., 8:]) * turn
-    got = rope.apply(jnp.asarray(x, jnp.float32), jnp.arange(7)[None], config)
-    close(np.concatenate([z.real, z.imag], -1), got)
-
-
-def test_a_fraction_of_rope_is_rope_of_the_first_features():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 3, 16))
-    positions = jnp.arange(5)[None].repeat(2, 0)
-    part = rope.apply(x, positions, rope_config(rope_fraction=0.25))
-    np.testing.assert_array_equal(part[..., 4:], x[..., 4:])
-    close(part[..., :4], rope.apply(x[..., :4], positions, dataclasses.replace(BASE, head_dim=4)))
-
-
-def llama3_frequencies(dim, theta, factor, low, high, original):
-    """Case by case, as in the Llama 3.1 release."""
-    out = []
-    for i in range(0, dim, 2):
-        frequency = theta ** (-i / dim)
-        wavelength = 2 * math.pi / frequency
-        if wavelength < original / high:
-            out.append(frequency)
-        elif wavelength > original / low:
-            out.append(frequency / factor)
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            out.append((1 - smooth) * frequency / factor + smooth * frequency)
-    return np.array(out)
-
-
-@pytest.mark.parametrize("name", ["llama-3.2-1b", "smollm2-135m", "pythia-1b"])
-def test_rope_frequencies(name):
-    c = PRESETS[name]
-    expected = llama3_frequencies(
-        c.rotary_dim, c.rope_theta, c.rope_scaling_factor,
-        c.rope_low_freq_factor, c.rope_high_freq_factor, c.rope_original_seq_len,
-    )  # fmt: skip
-    np.testing.assert_allclose(rope.frequencies(c), expected, rtol=1e-5)
-    if name == "llama-3.2-1b":
-        plain = rope.frequencies(dataclasses.replace(c, rope_scaling_factor=1.0))
-        ratio = np.asarray(rope.frequencies(c) / plain)
-        assert ratio[0] == 1.0 and np.isclose(ratio[-1], 1 / 32) and ((ratio > 1 / 31) & (ratio < 0.99)).any()
-
-
 # Norms, scaling, precision, vocabulary
 
 
@@ -321,7 +254,7 @@ def test_norm_is_its_formula(kind):
     else:
         expected = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps) * scale
         expected = expected + (bias if kind == "layernorm" else 0)
-    norm = transformer.Norm(dataclasses.replace(BASE, norm=kind, norm_eps=eps))
+    norm = block.Norm(dataclasses.replace(BASE, norm=kind, norm_eps=eps))
     close(expected, norm.apply({"params": params}, jnp.asarray(x, jnp.float32)))
     assert norm.apply({"params": params}, jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
 
@@ -366,6 +299,16 @@ def test_padded_vocabulary_only_adds_rows(tied):
     np.testing.assert_array_equal(transformer.head(cut), transformer.head(params)[:, :97])
 
 
+def test_zero_centred_norms_begin_as_others_do():
+    """Their scales are zeros, and the model computes what one with ones does."""
+    config = dataclasses.replace(CONFIGS["gemma"], num_layers=1)
+    params = transformer.init(config, jax.random.key(0))
+    scales = [x for keys, x in jax.tree_util.tree_leaves_with_path(params) if "scale" in str(keys)]
+    assert len(scales) == 7 and not any(x.any() for x in scales)
+    others = transformer.init(plain := dataclasses.replace(config, zero_centred_norm=False), jax.random.key(0))
+    np.testing.assert_array_equal(apply(config, params, *batch())[0], apply(plain, others, *batch())[0])
+
+
 @pytest.mark.parametrize("name", ["gpt2", "smollm2-135m"])
 def test_initial_scale(name):
     """Weights start at init_std; what writes to the residual stream at init_std / sqrt(2 L)."""
@@ -408,21 +351,22 @@ def test_one_device_equals_eight(name, sizes):
     trees_close(expected, jax.tree.map(np.asarray, got))
 
 
-def test_program_does_not_grow_with_depth():
+@pytest.mark.parametrize("kinds", ["", "window,full", "5*window,full", "3*full,nope"])
+def test_program_does_not_grow_with_depth(kinds):
     def length(layers):
-        config = dataclasses.replace(BASE, num_layers=layers, remat="dots")
+        config = dataclasses.replace(BASE, num_layers=layers, remat="dots", layer_kinds=kinds, sliding_window=5)
         params = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
         loss = lambda p: transformer.apply(config, p, *batch(), capture=(2,))[0].sum()  # noqa: E731
         return len(jax.jit(jax.grad(loss)).lower(params).as_text())
 
-    assert length(48) < 1.02 * length(6)
+    assert length(50) < 1.02 * length(26)  # two layers before the captured state, whole periods after it
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"norm": "rms"}, r"model.norm='rms' is not known \(did you mean 'rmsnorm'\?\)"),
-        ({"mlp": "swiglu"}, "model.mlp='swiglu' is not known.*: expected one of gelu, gelu_tanh, relu, silu_gated"),
+        ({"mlp": "swiglu"}, "model.mlp='swiglu' is not known.*: expected one of gelu, gelu_tanh, relu, silu"),
         ({"num_layers": 0}, "model.num_layers=0: expected a number from 1 to"),
         ({"num_kv_heads": 3}, "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
         ({"attention": "flash"}, "model.attention='flash' is not known"),

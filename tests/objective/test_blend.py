@@ -52,10 +52,11 @@ def inputs():
     return arrays | {"targets": rng.integers(0, VOCAB, (ROWS, TOKENS)), "weights": weights}
 
 
-def dense_loss(h, kernel, coefficients, kd):
+def dense_loss(h, kernel, coefficients, kd, softcaps=(0, 0)):
     x = inputs()
-    logits = (h @ kernel)[..., :VOCAB]
-    teacher = (x["teacher_h"] @ x["teacher_kernel"])[..., :VOCAB]
+    cap = lambda logits, c: c * jnp.tanh(logits / c) if c else logits  # noqa: E731
+    logits = cap((h @ kernel)[..., :VOCAB], softcaps[0])
+    teacher = cap((x["teacher_h"] @ x["teacher_kernel"])[..., :VOCAB], softcaps[1])
     log_z = jnp.log(jnp.exp(logits).sum(-1))
     ce = log_z - jnp.take_along_axis(logits, x["targets"][..., None], -1)[..., 0]
     kd_term = dense.kd_term(logits, teacher, kd) if kd else 0.0
@@ -69,22 +70,20 @@ def dense_loss(h, kernel, coefficients, kd):
     return (x["weights"] * total).sum()
 
 
-def blocked_loss(h, kernel, coefficients, kd, block_tokens, scatter=False):
+def blocked_loss(h, kernel, coefficients, kd, block_tokens, scatter=False, softcaps=(0, 0)):
     x = inputs()
-    soft = SoftTargets(x["teacher_h"], x["teacher_kernel"], VOCAB, kd) if kd else None
-    head = Head(kernel, VOCAB)
+    soft = SoftTargets.of(x["teacher_h"], Head(x["teacher_kernel"], VOCAB, softcaps[1]), kd) if kd else None
+    head = Head(kernel, VOCAB, softcaps[0])
     sums = blend(
         h, head, x["targets"], x["weights"], coefficients, soft, block_tokens=block_tokens, scatter=scatter
     )  # fmt: skip
     return sums.loss
 
 
-def compare(kd, coefficients, block_tokens, mesh=None, scatter=False):
-    x = inputs()
-    blocked = functools.partial(
-        blocked_loss, coefficients=coefficients, kd=kd, block_tokens=block_tokens, scatter=scatter
-    )  # fmt: skip
-    expected = jax.value_and_grad(functools.partial(dense_loss, coefficients=coefficients, kd=kd), (0, 1))
+def compare(kd, coefficients, block_tokens, mesh=None, scatter=False, softcaps=(0, 0)):
+    x, terms = inputs(), {"coefficients": coefficients, "kd": kd, "softcaps": softcaps}
+    blocked = functools.partial(blocked_loss, block_tokens=block_tokens, scatter=scatter, **terms)
+    expected = jax.value_and_grad(functools.partial(dense_loss, **terms), (0, 1))
     value, gradient = expected(x["h"], x["kernel"])
     if mesh is None:
         found, found_gradient = jax.jit(jax.value_and_grad(blocked, (0, 1)))(x["h"], x["kernel"])
@@ -117,6 +116,15 @@ def test_in_blocks_of_the_vocabulary_it_equals_the_dense_oracle(name, mesh, monk
     monkeypatch.setattr(scattered, "LOGITS_BYTES", 8 * 8 * 4)
     terms = Coefficients(0.4, 0.6, 1e-3) if name != "alone" else Coefficients(1.0, 0.0, 1e-3)
     compare(KDS.get(name), terms, 0, mesh and sharding.make_mesh(*mesh), scatter=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "softcaps", "scatter"),
+    [("forward", (2.0, 3.0), False), ("forward", (2.0, 3.0), True), ("top_k_bucket", (1.5, 0), False)],
+)
+def test_with_soft_caps_of_logits_it_equals_the_dense_oracle(name, softcaps, scatter):
+    """Of the student and of the teacher; padded columns, too, which are far beyond a cap."""
+    compare(KDS[name], Coefficients(0.4, 0.6, 1e-3), 0 if scatter else 32, scatter=scatter, softcaps=softcaps)
 
 
 @pytest.mark.parametrize("block_tokens", [1, 16, 48, 10_000])

@@ -52,6 +52,11 @@ PARENTS = {
     "qwen3": _with(LLAMA, qk_norm="head"),
     "olmo1": _with(LLAMA, norm="layernorm_nobias", norm_eps=1e-3),
     "olmo2": _with(LLAMA, qk_norm="full", norm_placement="post"),
+    "gemma": _with(
+        LLAMA, sliding_window=5, qk_norm="head", norm_placement="both", zero_centred_norm=True, mlp="gelu_tanh_gated",
+        embed_scale=24**0.5, residual_scale=0.7, attn_scale=0.4, attn_softcap=2.0, logit_divisor=1.5,
+        logit_softcap=3.0, rope_scaling="linear", rope_scaling_factor=4.0, tie_embeddings=True,
+    ),
     "others": _with(LLAMA, qk_norm="full", final_norm=False, scale_attn_by_layer=True, norm_eps=1e-2, qkv_bias=True),
 }  # fmt: skip
 SPACES = [f"{granularity} {scope}" for granularity in ("coarse", "fine") for scope in ("uniform", "layerwise")]
@@ -63,7 +68,7 @@ def random_params(config: ModelConfig, seed: int = 1):
     shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
 
     def one(path, x):
-        ones = jax.tree_util.keystr(path).endswith("['scale']")
+        ones = jax.tree_util.keystr(path).endswith("['scale']") and not config.zero_centred_norm
         return np.asarray(ones + 0.3 * draw.normal(size=x.shape), np.float32)
 
     return jax.tree_util.tree_map_with_path(one, shapes)
@@ -135,6 +140,7 @@ def logits(config: ModelConfig, params, cut: Cut, tokens, segment_ids, positions
     x_BxTxD = p["embed"]["embedding"][tokens] * width_D
     if config.position == "learned":
         x_BxTxD += p["position_embed"]["embedding"][positions + config.position_offset] * width_D
+    x_BxTxD *= config.embed_scale
     kept = {layer.layer: layer for layer in cut.layers}
     passed = 0
     for layer in range(config.num_layers):
@@ -145,7 +151,11 @@ def logits(config: ModelConfig, params, cut: Cut, tokens, segment_ids, positions
     if config.final_norm:
         x_BxTxD = _norm(config, config.norm, p["final_norm"], x_BxTxD, width_D)
     head_DxV = p["embed"]["embedding"].T if config.tie_embeddings else p["head"]
-    return (x_BxTxD @ head_DxV)[..., : config.vocab_size]
+    return _cap((x_BxTxD @ head_DxV)[..., : config.vocab_size] / config.logit_divisor, config.logit_softcap)
+
+
+def _cap(x, cap):
+    return cap * np.tanh(x / cap) if cap else x
 
 
 def _norm(config, kind, p, x, mask):
@@ -153,16 +163,23 @@ def _norm(config, kind, p, x, mask):
     count = mask.sum()
     if kind != "rmsnorm":
         x = (x - (x * mask).sum(-1, keepdims=True) / count) * mask
-    y = x / np.sqrt((x * x * mask).sum(-1, keepdims=True) / count + config.norm_eps) * p["scale"]
+    y = x / np.sqrt((x * x * mask).sum(-1, keepdims=True) / count + config.norm_eps)
+    y = y * (p["scale"] + config.zero_centred_norm)
     return (y + p["bias"]) * mask if kind == "layernorm" else y * mask
 
 
 def _block(config, p, cut, x_BxTxD, width_D, segment_ids, positions, number):
     def attn(x):
-        return _attention(config, p["attn"], cut, x, segment_ids, positions, number) * width_D
+        y = _attention(config, p["attn"], cut, x, segment_ids, positions, number) * width_D
+        return post("attn_post_norm", y)
 
     def mlp(x):
-        return _mlp(config, p["mlp"], _ones_at(cut.units, config.mlp_dim), x) * width_D
+        return post("mlp_post_norm", _mlp(config, p["mlp"], _ones_at(cut.units, config.mlp_dim), x) * width_D)
+
+    def post(name, y):
+        if config.norm_placement == "both":
+            y = _norm(config, config.norm, p[name], y, width_D)
+        return y * config.residual_scale
 
     def attn_norm(x):
         return _norm(config, config.norm, p["attn_norm"], x, width_D)
@@ -206,7 +223,8 @@ def _attention(config, p, cut, x_BxTxD, segment_ids, positions, number):
     y_BxTxHxN = np.zeros_like(q_BxTxHxN)
     for head in range(config.num_heads):
         q, k, v = q_BxTxHxN[:, :, head], k_BxTxKxN[:, :, head // group_size], v_BxTxKxN[:, :, head // group_size]
-        scores_BxTxT = q @ k.swapaxes(1, 2) / math.sqrt(len(cut.features))
+        scores_BxTxT = q @ k.swapaxes(1, 2) * (config.attn_scale or 1 / math.sqrt(len(cut.features)))
+        scores_BxTxT = _cap(scores_BxTxT, config.attn_softcap)
         if config.scale_attn_by_layer:
             scores_BxTxT = scores_BxTxT / number
         y_BxTxHxN[:, :, head] = _softmax(scores_BxTxT, _seen(config, segment_ids)) @ v * heads_H[head]
@@ -246,6 +264,8 @@ def _frequency(config, frequency: float) -> float:
     """With Llama 3.1's stretching of long waves, case by case as in its release."""
     if config.rope_scaling_factor == 1.0:
         return frequency
+    if config.rope_scaling == "linear":
+        return frequency / config.rope_scaling_factor
     wavelength, original = 2 * math.pi / frequency, config.rope_original_seq_len
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     if wavelength < original / high:
@@ -264,10 +284,16 @@ def _mlp(config, p, units_F, x_BxTxD):
     if config.mlp == "silu_gated":
         gate_BxTxF = dense("gate", x_BxTxD)
         h_BxTxF = h_BxTxF * gate_BxTxF / (1 + np.exp(-gate_BxTxF))
+    elif config.mlp == "gelu_tanh_gated":
+        h_BxTxF = h_BxTxF * _gelu_tanh(dense("gate", x_BxTxD))
     elif config.mlp == "relu":
         h_BxTxF = np.maximum(h_BxTxF, 0)
     elif config.mlp == "gelu":
         h_BxTxF = h_BxTxF * (1 + erf(h_BxTxF / math.sqrt(2))) / 2
     else:
-        h_BxTxF = h_BxTxF * (1 + np.tanh(math.sqrt(2 / math.pi) * (h_BxTxF + 0.044715 * h_BxTxF**3))) / 2
+        h_BxTxF = _gelu_tanh(h_BxTxF)
     return dense("down", h_BxTxF * units_F)
+
+
+def _gelu_tanh(x):
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2

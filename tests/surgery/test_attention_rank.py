@@ -41,8 +41,8 @@ def test_the_matrices_are_those_that_the_model_attends_with(changes):
     np.testing.assert_allclose(matrices.sum(-1), 1, rtol=1e-5)
     q, k, v = (jax.random.normal(jax.random.key(i), (2, 20, h, 8)) for i, h in ((2, 4), (3, 2), (4, 2)))
     ids = jnp.ones((2, 20), jnp.int32)
-    by_hand = jnp.einsum("bhts,bshn->bthn", attention.weights(q, k, ids, config.sliding_window), jnp.repeat(v, 2, 2))
-    np.testing.assert_allclose(by_hand, attention.attend(q, k, v, ids, "xla", config.sliding_window), atol=1e-5)
+    by_hand = jnp.einsum("bhts,bshn->bthn", attention.weights(q, k, ids, config.attention_rule), jnp.repeat(v, 2, 2))
+    np.testing.assert_allclose(by_hand, attention.attend(q, k, v, ids, "xla", config.attention_rule), atol=1e-5)
     # A model whose queries are zero attends to all that it sees alike.
     params["layers"]["attn"]["q"]["kernel"] = jnp.zeros_like(params["layers"]["attn"]["q"]["kernel"])
     seen = np.tril(np.ones((20, 20))) * (1 if not config.sliding_window else np.triu(np.ones((20, 20)), -6))

@@ -17,6 +17,10 @@ from tests.compare import assert_same
 PARENTS = {name: tiny(preset(name), 6) for name in ("gpt2", "pythia-70m", "smollm2-135m", "openllama-3b")}
 SIZES = "2*4/2/16/128,2*2/1/16/96,2*4/2/8/64"
 PARENTS["unequal"] = dataclasses.replace(PARENTS["smollm2-135m"], layer_sizes=SIZES)
+PARENTS["gemma"] = dataclasses.replace(
+    PARENTS["smollm2-135m"], layer_kinds="window,full", sliding_window=4, rope_local_theta=50.0, norm_placement="both",
+    zero_centred_norm=True, embed_scale=8.0, residual_scale=0.5, attn_softcap=2.0,
+)  # fmt: skip
 parents = pytest.mark.parametrize("parent", PARENTS.values(), ids=PARENTS.keys())
 FIELDS = ("kind", "layers", "fresh")
 TOKENS = np.random.default_rng(0).integers(0, 300, (2, 12))
@@ -73,6 +77,16 @@ def test_an_expanded_model_computes_what_its_parent_does(parent, post):
         assert_same(new["mlp"]["up"], old["mlp"]["up"])
         assert bool(np.any(new["mlp"]["down"]["kernel"])) == (layer % 3 == 0)
     assert taken.report(params)[0].endswith("; 1-2,4-5,7-8,10-11,13-14,16-17 add nothing at first")
+
+
+def test_a_silent_layer_has_a_gradient_like_others():
+    """Between two norms, too, where a projection of zeros would have one 1 / sqrt(norm_eps) times as large."""
+    parent = dataclasses.replace(PARENTS["gemma"], num_layers=2)
+    child = inherit.of_layers(parent, [0, 0, 1, 1])
+    params = inherit.plan_expand("", "", parent, child)(params_of(parent, 0), params_of(child, 1))
+    gradient = jax.jit(jax.grad(lambda p: states(child, p)[0].std()))(params)["layers"]
+    largest = np.array([[np.abs(x[layer]).max() for x in jax.tree.leaves(gradient)] for layer in range(4)]).max(1)
+    assert (largest > 0).all() and (largest[[1, 3]] < 10 * largest[[0, 2]]).all()
 
 
 def test_chosen_layers_and_stacks():
