@@ -341,7 +341,11 @@ def _hub() -> dict[str, Arm]:
     """A model of 135M parameters and another tokenizer, which the student never passes."""
     chunks = {"temperature": 100.0, "temperature_on": "both"}
     helps = {"let": align(stop=STOP), "let-middle": align(stop=STOP, pairs="half:half"), "alm": kd(stop=STOP, **chunks)}
-    helps |= {"let-middle-0.3": align(stop=0.3, pairs="half:half")}
+    ends = {"ends": {"at": "ends"}, "projection": {"map": "projection"}}
+    ends["ends-projection"] = ends["ends"] | ends["projection"]
+    helps |= {f"let-{name}": align(stop=STOP, **fields) for name, fields in ends.items()}
+    helps |= {"let-0.5-0.05": align(0.5, stop=0.05), "let-ends-0.5-0.05": align(0.5, stop=0.05, at="ends")}
+    helps |= {"let-ends-projection-0.5-0.05": align(0.5, stop=0.05, **ends["ends-projection"])}
     return {f"smollm2-{name}": Arm(MUON | changes, hub=True) for name, changes in helps.items()}
 
 
