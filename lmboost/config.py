@@ -94,7 +94,6 @@ def base() -> ConfigDict:
     align.map = "teacher_to_student"  # interpolate over features; "student_to_teacher", or a learned "projection"
     align.centre = False  # subtract the row's mean state from each side first
     align.final_norm = True  # the teacher's last state is taken after its final norm
-    align.at = "all"  # tokens, with a teacher that reads other ones: "all", or those that end where one of these does
     align.stop = fraction_or_auto(0.3)  # fraction of the run at which the weight has fallen linearly to 0
 
     # stop=auto: help is held while the teacher is ahead on the labels, as much as it is; in nats per token.

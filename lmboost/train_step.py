@@ -236,9 +236,7 @@ def _loss_sums(params, probes, program: Program, helpers: Mapping[str, Any], bat
     weights = batch["weights"]
     h_teacher, guides = _teacher_states(program, helpers.get("targets" if program.known else "teacher"), batch)
     rows = program.teacher_rows
-    guided = weights
-    if rows and guides:
-        guided = weights * align.meets(batch[f"{rows}_index"], batch[f"{rows}_chunks"], objective.align.at)
+    guided = weights * (batch[f"{rows}_index"] >= 0) if rows and guides else weights
     maps, taps = params.get("align", {}), {}
     for s, target in guides.items():
         fixed = jax.lax.stop_gradient(maps.get(str(s)))

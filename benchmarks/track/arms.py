@@ -339,15 +339,7 @@ def _risen() -> dict[str, Arm]:
 
 def _hub() -> dict[str, Arm]:
     """A model of 135M parameters and another tokenizer, which the student never passes; at 0.3 of the length, too."""
-    projected, centred = {"map": "projection"}, {"map": "projection", "centre": True}
-    helps = {"let": align(stop=STOP), "let-ends": align(stop=STOP, at="ends")}
-    helps |= {"let-projection-ends": align(stop=STOP, at="ends", **projected)}
-    helps |= {"let-weak-ends": align(0.5, stop=0.05, at="ends"), "let-weak": align(0.5, stop=0.3)}
-    helps |= {
-        "let-centred": align(1.0, stop=0.3, **centred),
-        "let-centred-ends": align(1.0, stop=0.3, at="ends", **centred),
-    }
-    helps["alm"] = kd(stop=0.3, temperature=100.0, temperature_on="both")
+    helps = {"let": align(stop=STOP), "alm": kd(stop=STOP, temperature=100.0, temperature_on="both")}
     lengths = {"": 1.0, "-x0.3": 0.3}
     return {
         f"smollm2-{name}{x}": Arm(MUON | helps[name], hub=True, length=lengths[x]) for name in helps for x in lengths

@@ -30,11 +30,9 @@ class Alignment:
     map: str = "teacher_to_student"
     centre: bool = False
     final_norm: bool = True
-    at: str = "all"  # of a teacher that reads other tokens: tokens that end where one of its own does, or "all"
 
     def validate(self, field: str = "objective.align") -> "Alignment":
         one_of(f"{field}.scale", self.scale, ("ratio", "plain"))
-        one_of(f"{field}.at", self.at, ("all", "ends"))
         one_of(f"{field}.map", self.map, ("teacher_to_student", "student_to_teacher", "projection"))
         students = [s for s, _ in self.pairs]
         if len(set(students)) != len(students):
@@ -45,7 +43,7 @@ class Alignment:
 def from_config(c: ConfigDict, student_layers: int, teacher_layers: int) -> Alignment:
     """The alignment of the `objective.align` subtree; raises a UserError where it is none of these two models."""
     pairs = parse_pairs(c.pairs, student_layers, teacher_layers)
-    return Alignment(pairs, c.scale, c.map, c.centre, c.final_norm, c.at).validate()
+    return Alignment(pairs, c.scale, c.map, c.centre, c.final_norm).validate()
 
 
 def schedule(c: ConfigDict, steps: int) -> tuple[Weight, int]:
@@ -119,18 +117,6 @@ def at(state_BxUxE, index_BxT) -> jax.Array:
     """A teacher's states of its own tokens at the student's, [B, T, E]; index is int32, where it is -1 any state."""
     axes = ("batch", "length", None)
     return sharding.constrain(jax.vmap(lambda state, index: state[jnp.maximum(index, 0)])(state_BxUxE, index_BxT), axes)
-
-
-def meets(index_BxT, chunks_BxT, where: str) -> jax.Array:
-    """Which of the student's tokens are aligned with a teacher that reads other tokens, bool [B, T].
-
-    "all" that the teacher has a state for, or those at whose "ends" both have read the same text: where a chunk ends.
-    """
-    there = index_BxT >= 0
-    if where == "all":
-        return there
-    own = jnp.pad(chunks_BxT, [(0, 0), (1, 0)])[:, :-1]  # of the tokens; `chunks` are of the targets
-    return there & (own > 0) & (own != chunks_BxT)
 
 
 def tap(teacher_BxTxE, weights, alignment: Alignment, weight, probe, projection=None):
