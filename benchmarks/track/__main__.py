@@ -15,7 +15,7 @@ import queue
 import subprocess
 import sys
 
-from benchmarks.track import texts
+from benchmarks.track import hub, texts
 from benchmarks.track.arms import ARMS, LINE, asked, workdir_of
 from benchmarks.track.setting import TIERS
 from lmboost import ranges
@@ -118,7 +118,11 @@ def main(tier: str, arms: str, seeds: str, out: str, jobs: int) -> None:
         raise UserError(f"--jobs={jobs}: each run has a core of its own, and there are {len(cores)}.")
     where = pathlib.Path(out)
     where.mkdir(parents=True, exist_ok=True)
-    texts.make(where / "data", sizes.student.vocab_size, jobs)
+    if unfit := [name for name in names if not ARMS[name].fits(sizes)]:
+        raise UserError(f"--arms={unfit[0]}: --tier={tier} has no such models. Choose another tier.")
+    texts.make(where / sizes.data, sizes.student.vocab_size, jobs)
+    if any(ARMS[name].hub for name in names):
+        hub.make(where / hub.HUB)
     Runner(tier, where, cores[:jobs])(ordered(names, numbers))
 
 

@@ -6,6 +6,8 @@ An arm is named by what it asks: salt-fifth-0.1 is SALT by the teacher of a fift
 import pathlib
 from typing import Any, NamedTuple
 
+from benchmarks.track.setting import Tier
+
 Changes = dict[str, Any]
 
 
@@ -26,6 +28,7 @@ class Arm(NamedTuple):
       shuffled: whether the entries of each of the teacher's tensors are drawn anew from among themselves: a control.
       until: the share of the run after which it stands, its learning rate that of the whole one; other runs are stages
         that go on from it.
+      hub: whether the teacher is SmolLM2-135M, whose tokenizer is another one.
       rises: whether the learning rate begins anew where the parent stands, as in a run of the steps that are left.
     """
 
@@ -43,11 +46,17 @@ class Arm(NamedTuple):
     shuffled: bool = False
     until: float = 1.0
     rises: bool = False
+    hub: bool = False
 
     @property
     def needs(self) -> list[str]:
         """The arms whose runs come first."""
         return [arm for arm in (self.teacher, self.scorer, self.parent, self.winner) if arm]
+
+    def fits(self, tier: Tier) -> bool:
+        """Whether a tier has what it is about."""
+        models = {self.model, self.steps_of or self.model, *(ARMS[arm].model for arm in self.needs)}
+        return models <= tier.models.keys() and self.hub <= bool(tier.hub_seq_len)
 
 
 def _fields(prefix: str, **values: Any) -> Changes:
@@ -328,6 +337,15 @@ def _risen() -> dict[str, Arm]:
     }  # fmt: skip
 
 
+def _hub() -> dict[str, Arm]:
+    """A model of 135M parameters and another tokenizer, which the student never passes; at 0.3 of the length, too."""
+    helps = {"let": align(stop=STOP), "alm": kd(stop=STOP, temperature=100.0, temperature_on="both")}
+    lengths = {"": 1.0, "-x0.3": 0.3}
+    return {
+        f"smollm2-{name}{x}": Arm(MUON | helps[name], hub=True, length=lengths[x]) for name in helps for x in lengths
+    }
+
+
 def _adamw() -> dict[str, Arm]:
     """The papers' own comparison is with AdamW."""
     arms = {"salt": kd(stop=STOP), "let": align(stop=STOP), "both": both(STOP), "auto": AUTO}
@@ -355,7 +373,7 @@ def _sweeps(name: str) -> dict[str, Arm]:
 ARMS: dict[str, Arm] = {
     **_plain(), **_teachers(), "salt": _helped(kd(stop=STOP)), "let": _helped(align(stop=STOP)),
     "both": _helped(both(STOP)), **_stops(), **_salt(), **_selection(), **_let(), **_auto(), **_inherited(),
-    **_shorter(), **_everything(), **_cuts(), **_disk(), **_rounded(), **_growth(), **_adamw(),
+    **_shorter(), **_everything(), **_cuts(), **_disk(), **_rounded(), **_growth(), **_hub(), **_adamw(),
     **_sweeps("adamw"), **_sweeps("muon"),
 }  # fmt: skip
 # These have not read the rows in the others' order, but for what becomes the student.

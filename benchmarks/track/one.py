@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.track import copying
 from benchmarks.track.arms import ARMS, LINE, NEEDED, asked, workdir_of
+from benchmarks.track.hub import HUB
 from benchmarks.track.setting import TIERS, Tier, recipe
 from lmboost import checkpoint, config, evaluate, flops, places, score, sharding, standalone
 from lmboost.data import scored
@@ -45,7 +46,7 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     helpers' forward passes (where the teacher answers before the run its are in "answers"), "seconds" those of steps
     and their compilation; "curve" has (step, validation loss, FLOPs) of each evaluation on the way.
     """
-    arm, data, workdir = ARMS[name], out / "data", str(workdir_of(out, tier.name, name, seed))
+    arm, data, workdir = ARMS[name], out / tier.data, str(workdir_of(out, tier.name, name, seed))
     model = tier.models[arm.model]
     c = recipe(tier, model, tier.steps_of(tier.models[arm.steps_of or arm.model], arm.length))
     c.update_from_flattened_dict(arm.changes)
@@ -53,6 +54,8 @@ def run(tier: Tier, name: str, seed: int, out: pathlib.Path) -> dict[str, Any]:
     c.seed, c.data.train = seed + (HELPER_SEEDS if name in NEEDED else 0), str(data / "train")
     if arm.teacher:
         c.teacher.path = str(workdir_of(out, tier.name, arm.teacher, seed))
+    if arm.hub:
+        c.teacher.path, c.teacher.seq_len = str(out / HUB / "model"), tier.hub_seq_len
     if arm.scorer:
         c.objective.select.scorer = str(workdir_of(out, tier.name, arm.scorer, seed))
     if arm.shuffled:

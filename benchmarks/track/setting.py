@@ -8,11 +8,13 @@ from lmboost import config
 from lmboost.models.model_config import ModelConfig
 
 
-def decoder(layers: int, width: int, heads: int, mlp: int, head_dim: int = 0) -> ModelConfig:
-    """A small Llama with query and key norms, for rows of 128 tokens out of 512."""
+def decoder(
+    layers: int, width: int, heads: int, mlp: int, head_dim: int = 0, vocabulary: int = 512, tokens: int = 128
+) -> ModelConfig:
+    """A small Llama with query and key norms, for rows of so many tokens."""
     return ModelConfig(
-        vocab_size=512, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads,
-        head_dim=head_dim or width // heads, mlp_dim=mlp, max_seq_len=128, qk_norm="head", tie_embeddings=True,
+        vocab_size=vocabulary, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=heads,
+        head_dim=head_dim or width // heads, mlp_dim=mlp, max_seq_len=tokens, qk_norm="head", tie_embeddings=True,
         dtype="float32", remat="none",
     )  # fmt: skip
 
@@ -23,7 +25,9 @@ class Tier:
 
     name: str
     models: dict[str, ModelConfig]
-    search: dict[str, str | int]  # of a cut of "large" that has about the student's parameters
+    search: dict[str, str | int] = dataclasses.field(default_factory=dict)  # of a cut of "large", of the student's size
+    data: str = "data"  # where in the track's directory its texts are
+    hub_seq_len: int = 0  # tokens of the rows of a teacher with another tokenizer
     batch_size: int = 8
     seq_len: int = 128
     accumulation: int = 2  # the same step, faster on a core whose cache it then fits into
@@ -89,7 +93,13 @@ MICRO = Tier(
         "mlp_dim": "96-288:48",
     },
 )
-TIERS = {tier.name: tier for tier in (NANO, MICRO)}
+# The same layers for other tokens: 4,096 pieces, and bytes (257 with the end of a document). Rows are longer, as who is
+# asked about a text that begins anew every 30 words knows little of it. SmolLM2 reads a row in about as many tokens of
+# its own, or in a fourth as many.
+_LONG = {"batch_size": 2, "seq_len": 512, "accumulation": 1, "validation_batches": 48, "final_batches": 256}
+PIECES = Tier("pieces", {"student": decoder(4, 48, 3, 128, 0, 4096, 512)}, data="data-4096", hub_seq_len=640, **_LONG)
+BYTES = Tier("bytes", {"student": decoder(4, 48, 3, 128, 0, 257, 512)}, data="data-257", hub_seq_len=256, **_LONG)
+TIERS = {tier.name: tier for tier in (NANO, MICRO, PIECES, BYTES)}
 
 
 def recipe(tier: Tier, model: ModelConfig, steps: int) -> ConfigDict:

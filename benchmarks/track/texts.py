@@ -6,6 +6,7 @@ licences. Out of its domain, and in no training text: the King James Bible, and 
 """
 
 import hashlib
+import json
 import pathlib
 import re
 import subprocess
@@ -14,6 +15,8 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import tokenizers
 
 from lmboost.data import loader
 from lmboost.data.prepare import prepare
@@ -45,12 +48,14 @@ BOKEH = Package(
 )
 PART_CHARACTERS = 8000  # of an out-of-domain text that is one document
 PARTS = 48
+BYTES = 257  # the vocabulary of bytes
 
 
 def make(out: pathlib.Path, vocab_size: int, workers: int) -> None:
     """Prepares OUT/train, OUT/bible and OUT/javascript, as far as they are not there yet.
 
-    One tokenizer, made from the training texts, is that of all. Raises a UserError where a package cannot be had.
+    One tokenizer, made from the training texts, is that of all; for a vocabulary of BYTES it is that of bytes. Raises a
+    UserError where a package cannot be had.
     """
     train = out / "train"
     if not train.exists():
@@ -58,7 +63,8 @@ def make(out: pathlib.Path, vocab_size: int, workers: int) -> None:
         for name, text in _training(out / "packages"):
             _write(documents / f"{name}.txt", text)
         source = ["stdlib", f"{documents}/**/*.txt"]
-        prepare(train, source, f"train:{vocab_size}", validation_fraction=0.05, workers=workers)
+        coder = _bytes(out / "bytes") if vocab_size == BYTES else f"train:{vocab_size}"
+        prepare(train, source, coder, validation_fraction=0.05, workers=workers)
     tokenizer = str(loader.info(str(train), "train").tokenizer_path)
     for name, read in (("bible", _bible), ("javascript", _javascript)):
         if not (out / name).exists():
@@ -70,6 +76,18 @@ def make(out: pathlib.Path, vocab_size: int, workers: int) -> None:
                 out / name, [str(out / "asked" / f"{name}.txt")], tokenizer,
                 validation_source=[str(out / "asked" / name / "*.txt")],
             )  # fmt: skip
+
+
+def _bytes(out: pathlib.Path) -> str:
+    """A tokenizer.json whose tokens are bytes, and one that ends documents."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    coder = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    coder.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    coder.decoder = tokenizers.decoders.ByteLevel()
+    coder.add_special_tokens(["<|endoftext|>"])
+    _write(out / "tokenizer_config.json", json.dumps({"eos_token": "<|endoftext|>"}))
+    coder.save(str(out / "tokenizer.json"))
+    return str(out)
 
 
 def _training(packages: pathlib.Path) -> Iterator[tuple[str, str]]:

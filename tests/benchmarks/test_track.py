@@ -28,14 +28,17 @@ TINY = dataclasses.replace(
 def test_every_arm_is_a_plan(tier):
     tier = TIERS[tier]
     for name, arm in arms.ARMS.items():
+        if not arm.fits(tier):
+            continue
         c = recipe(tier, tier.models[arm.model], tier.steps_of(tier.models[arm.steps_of or arm.model], arm.length))
         c.update_from_flattened_dict(arm.changes)
         plan.check_numbers(c, 1)
         teacher, scorer = (
             Helper(None, tier.models[arms.ARMS[other].model]) if other else None for other in (arm.teacher, arm.scorer)
         )
+        teacher = Helper(None, tier.student) if arm.hub else teacher
         made = plan.outline(c, ModelConfig(**c.model), teacher, scorer)
-        assert bool(made.spans[0].helps) == bool(arm.teacher or arm.scorer), name
+        assert bool(made.spans[0].helps) == bool(arm.teacher or arm.scorer or arm.hub), name
         if arm.search:
             c.search.update(tier.search)
             large = tier.models["large"]
