@@ -338,12 +338,9 @@ def _risen() -> dict[str, Arm]:
 
 
 def _hub() -> dict[str, Arm]:
-    """A model of 135M parameters and another tokenizer, which the student never passes; at 0.3 of the length, too."""
+    """A model of 135M parameters and another tokenizer, which the student never passes."""
     helps = {"let": align(stop=STOP), "alm": kd(stop=STOP, temperature=100.0, temperature_on="both")}
-    lengths = {"": 1.0, "-x0.3": 0.3}
-    return {
-        f"smollm2-{name}{x}": Arm(MUON | helps[name], hub=True, length=lengths[x]) for name in helps for x in lengths
-    }
+    return {f"smollm2-{name}": Arm(MUON | changes, hub=True) for name, changes in helps.items()}
 
 
 def _adamw() -> dict[str, Arm]:

@@ -24,8 +24,8 @@ from lmboost.errors import UserError, run_flags
 
 BASELINE = "plain"
 CHANCE = 0.05  # two-sided; above it no difference is called one
-SHOWN = ("adamw", "plain", "salt", "let", "both", "auto", "stack-long")  # in the plot
-COLOURS = ("#999999", "#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+SHOWN = ("adamw", "plain", "salt", "let", "both", "auto", "stack-long", "smollm2-let", "smollm2-alm")  # in the plot
+COLOURS = ("#999999", "#444444", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#0072B2", "#009E73")
 Line = dict[str, Any]
 
 
