@@ -339,7 +339,7 @@ def _risen() -> dict[str, Arm]:
 
 def _hub() -> dict[str, Arm]:
     """A model of 135M parameters and another tokenizer, which the student never passes."""
-    helps = {"let": align(stop=STOP), "let-0.05": align(stop=0.05)}
+    helps = {"let": align(stop=STOP)} | {f"let-{stop:g}": align(stop=stop) for stop in (0.05, 0.1)}
     helps |= {"alm": kd(stop=STOP, temperature=100.0, temperature_on="both")}
     return {f"smollm2-{name}": Arm(MUON | changes, hub=True) for name, changes in helps.items()}
 
