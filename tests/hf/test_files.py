@@ -163,7 +163,7 @@ def test_layouts_are_read_in_blocks_of_any_size(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- memory
 
 LARGE = ModelConfig(
-    vocab_size=32000, num_layers=16, d_model=1024, num_heads=16, num_kv_heads=16, head_dim=64, mlp_dim=4096
+    vocab_size=32000, num_layers=4, d_model=1024, num_heads=16, num_kv_heads=16, head_dim=64, mlp_dim=4096
 )
 PEAK = """
 import os, sys, threading, time
