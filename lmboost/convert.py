@@ -68,9 +68,8 @@ def convert(
         taken = inherit.plan(layers, fresh, saved.model, model, field="--")
         manifest = _about(saved, taken, seed)
     if export:
-        writer.family_of(
-            model, manifest.get("source", {}).get("architecture", "")
-        )  # a misfit is an error before anything is read
+        # A misfit is an error before anything is read.
+        writer.family_of(model, manifest.get("source", {}).get("architecture", ""))
     coder = saved.tokenizer(tokenizer) if export or tokenizer or saved.tokenizer_fingerprint else None
     manifest = manifest | {"data": manifest["data"] | {"tokenizer": coder and coder.fingerprint}}
     mesh, lines = sharding.make_mesh(1, -1, 1), []  # each device holds a part
