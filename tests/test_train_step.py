@@ -67,12 +67,17 @@ def objective(weight=0.0, lam=0.0, **fields):
     return Objective(**base | fields)
 
 
-def run_step(obj, helps, batch, accumulation=1, mesh=None, params=None, tx=None):
-    """(gradient, metrics) of one step: with plain SGD at rate 1 the update is minus the gradient."""
+def run_step(obj, helps, batch, accumulation=1, mesh=None, params=None, tx=None, rows=""):
+    """(gradient, metrics) of one step: with plain SGD at rate 1 the update is minus the gradient.
+
+    rows: the name of the batch's rows that the helpers read, where these are of other tokens.
+    """
     student_params, teacher_params = models()
     params = params or student_params
     tx = tx or optax.sgd(1.0)
-    program = Program(STUDENT, obj, frozenset(helps), TEACHER, TEACHER, accumulation)
+    program = Program(
+        STUDENT, obj, frozenset(helps), TEACHER, TEACHER, accumulation, teacher_rows=rows, scorer_rows=rows
+    )
     step, state = make_train_step(program, tx, lambda step: 1.0), init_state(params, tx, obj.auto)
     helpers = {"teacher": teacher_params, "scorer": teacher_params}
     if mesh is None:

@@ -27,7 +27,7 @@ class Tier:
     models: dict[str, ModelConfig]
     search: dict[str, str | int] = dataclasses.field(default_factory=dict)  # of a cut of "large", of the student's size
     data: str = "data"  # where in the track's directory its texts are
-    per_parameter: int = 20
+    per_parameter: int = 20  # tokens of a run of length 1
     hub_seq_len: int = 0  # tokens of the rows of a teacher with another tokenizer
     batch_size: int = 8
     seq_len: int = 128
@@ -97,14 +97,7 @@ MICRO = Tier(
 # The same layers for other tokens: 4,096 pieces, and bytes (257 with the end of a document). Rows are longer, as who is
 # asked about a text that begins anew every 30 words knows little of it. SmolLM2 reads a row in about as many tokens of
 # its own, or in a fourth as many.
-_LONG = {
-    "per_parameter": 6,
-    "batch_size": 2,
-    "seq_len": 512,
-    "accumulation": 1,
-    "validation_batches": 48,
-    "final_batches": 256,
-}
+_LONG = {"per_parameter": 6, "batch_size": 2, "seq_len": 512, "accumulation": 1}
 PIECES = Tier("pieces", {"student": decoder(4, 48, 3, 128, 0, 4096, 512)}, data="data-4096", hub_seq_len=640, **_LONG)
 BYTES = Tier("bytes", {"student": decoder(4, 48, 3, 128, 0, 257, 512)}, data="data-257", hub_seq_len=256, **_LONG)
 TIERS = {tier.name: tier for tier in (NANO, MICRO, PIECES, BYTES)}
