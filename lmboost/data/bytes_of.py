@@ -39,11 +39,20 @@ class Pieces:
         table, unknown = (_of_sentencepiece if tokenizer.kind == "sentencepiece" else _of_tokenizer_json)(tokenizer)
         self.table, self.unknown = table, unknown
         self.lengths = np.array([len(piece) for piece in table], np.int64)
+        self._all, self._first = np.frombuffer(b"".join(table), np.uint8), np.cumsum(self.lengths) - self.lengths
         self.puts_space = self.join(tokenizer.encode("a")).startswith(b" ")
 
     def join(self, ids: np.ndarray) -> bytes:
         """The bytes of a text."""
-        return b"".join(map(self.table.__getitem__, ids.tolist()))
+        return self.spell(ids)[0]
+
+    def spell(self, ids: np.ndarray) -> tuple[bytes, np.ndarray]:
+        """(the bytes of a text, after how many of them each of its tokens ends, int64 [tokens])."""
+        lengths = self.lengths[ids]
+        ends = np.cumsum(lengths)
+        places = np.repeat(self._first[ids] - (ends - lengths), lengths)
+        places += np.arange(len(places))
+        return self._all[places].tobytes(), ends
 
 
 def load(path: str) -> Pieces:

@@ -3,13 +3,13 @@
 The text comes from the bytes of the tokens (`bytes_of`), document by document; both rows cover the same bytes, but for
 those of a character that the row's border cuts. What comes out depends on the row alone.
 
-Tokens of both sides are compared by where they end. Places count up through a row: each document has one for its
-begin, one for each of its bytes and one for its end, so the tokens that begin and end documents have places, too.
+Tokens of both sides are compared by where they end. Places count up through all rows of a batch: each document has one
+for its begin, one for each of its bytes and one for its end, so the tokens that begin and end documents have places,
+too. The rows of a batch are one after the other in all arrays here, as a call of numpy costs more than a row's work.
 """
 
 import codecs
 import dataclasses
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,45 +20,49 @@ from lmboost.data.bytes_of import Pieces
 from lmboost.data.windows import Batch, Window
 
 
-class Segment(NamedTuple):
-    """A document, or the part of one that is in a row.
+class Segments(NamedTuple):
+    """The documents of some rows, or what of them is in a row, in order: S of them.
 
     Attributes:
-      raw: its bytes.
-      ends: after how many of them each of the row's own tokens ends, int64; one more for the token that ends it.
-      begins, is_whole: whether the document's begin and end are in the row.
+      raw: their bytes.
+      bases: places of their begins, int64 [S].
+      begins, is_whole: bool [S], whether the document's begin and end are in the row.
+      rows: of each the number of its row, int64 [S].
+      numbers: its number in its row, from 1, int64 [S].
     """
 
-    raw: bytes
-    ends: np.ndarray
-    begins: bool
-    is_whole: bool
+    raw: list[bytes]
+    bases: np.ndarray
+    begins: np.ndarray
+    is_whole: np.ndarray
+    rows: np.ndarray
+    numbers: np.ndarray
 
 
 class Tokens(NamedTuple):
-    """The tokens of a row by one tokenizer.
+    """The tokens of some rows by one tokenizer.
 
     Attributes:
       ids: int32 [tokens].
       ends: places at which they end, int64 [tokens], not falling.
-      segments: int32 [tokens]; 1, 2, ... for the documents.
+      counts: how many there are of each segment, int64 [S].
       exact: bool [tokens]; whether just the bytes up to `ends` are in the tokens so far.
     """
 
     ids: np.ndarray
     ends: np.ndarray
-    segments: np.ndarray
+    counts: np.ndarray
     exact: np.ndarray
 
 
 class Map(NamedTuple):
-    """What two rows of one text have in common.
+    """What rows of one text have in common.
 
     Attributes:
-      index: of each token, the last one of the other row that ends where it does or before, int64 [tokens]; -1 where
-        there is none.
-      chunks, other_chunks: by the tokens of each row, the number of the chunk that they lie in, from 1; 0 is none. A
-        chunk is the tokens from one place at which both rows have an end to the next.
+      index: of each token, the last one of the other side that ends where it does or before, int64 [tokens]; -1 where
+        there is none in its document.
+      chunks, other_chunks: by the tokens of each side, the number of the chunk that they lie in, from 1 in each row; 0
+        is none. A chunk is the tokens from one place at which both sides have an end to the next.
     """
 
     index: np.ndarray
@@ -66,42 +70,111 @@ class Map(NamedTuple):
     other_chunks: np.ndarray
 
 
-def segments_of(window: Window, data: Pieces) -> list[Segment]:
-    """The documents of a row, the last one with the token after the row, if that is of it."""
-    ids, starts, eos = window.tokens[: window.length], window.starts[: window.length], data.tokenizer.eos_id
-    lengths = data.lengths[ids]
-    firsts = [0, *(np.flatnonzero(starts[1:]) + 1)] if window.length else []
-    found = []
-    for first, stop in itertools.pairwise([*firsts, window.length]):
-        raw, ends, begins = data.join(ids[first:stop]), np.cumsum(lengths[first:stop]), bool(starts[first])
-        if begins and data.puts_space and raw.startswith(b" "):
-            raw, ends = raw[1:], np.maximum(ends - 1, 0)
-        # One token may begin and end documents; alone at a begin it is that.
-        closes = eos is not None and ids[stop - 1] == eos and not (begins and stop == first + 1)
-        if closes:
-            ends[-1] = len(raw) + 1
-        found.append(Segment(raw, ends, begins, closes or stop < window.length))
-    return found[:-1] if window.length == len(window.tokens) and starts[-1] else found
+class Rows(NamedTuple):
+    """Rows by both tokenizers.
+
+    Attributes:
+      segments, own, other: the rows.
+      changed: (first, last) place of each span that the other tokenizer has changed.
+    """
+
+    segments: Segments
+    own: Tokens
+    other: Tokens
+    changed: list[tuple[int, int]]
 
 
-def text_of(segment: Segment) -> tuple[int, int, str]:
+def segments_of(windows: Sequence[Window], data: Pieces) -> tuple[Segments, Tokens]:
+    """The documents of some rows, the last one of each with the token after the row, if that is of it."""
+    lengths = np.array([window.length for window in windows])
+    # A document of which there is only the token after the row is not of it.
+    counts = lengths - [w.length == len(w.tokens) and bool(w.starts[w.length - 1]) for w in windows]
+    ids = np.concatenate([w.tokens[:n] for w, n in zip(windows, counts, strict=True)])
+    starts = np.concatenate([w.starts[:n] for w, n in zip(windows, counts, strict=True)])
+    row_stops = np.cumsum(counts)
+    is_first = starts.copy()
+    is_first[(row_stops - counts)[counts > 0]] = True
+    firsts = np.flatnonzero(is_first)
+    stops = np.append(firsts[1:], len(ids))[: len(firsts)]
+    rows, begins = np.searchsorted(row_stops, firsts, "right"), starts[firsts]
+    # One token may begin and end documents; alone at a begin it is that.
+    eos = -1 if data.tokenizer.eos_id is None else data.tokenizer.eos_id
+    closes = (ids[stops - 1] == eos) & ~(begins & (stops == firsts + 1))
+    is_whole = closes | (stops - (row_stops - counts)[rows] < lengths[rows])
+    text, ends = data.spell(ids)
+    high = ends[stops - 1]
+    low = np.append(0, high[:-1])
+    if data.puts_space:
+        with_space = (text[first : min(first + 1, stop)] == b" " for first, stop in zip(low, high, strict=True))
+        low += begins & np.fromiter(with_space, bool, len(low))
+    places, counts = high - low + 2, stops - firsts
+    bases = np.cumsum(places) - places
+    ends = np.maximum(ends + np.repeat(bases - low, counts), np.repeat(bases, counts))
+    ends[stops[closes] - 1] = (bases + places - 1)[closes]
+    raw = [text[first:stop] for first, stop in zip(low.tolist(), high.tolist(), strict=True)]
+    numbers = np.arange(len(firsts)) - np.searchsorted(rows, rows) + 1
+    return Segments(raw, bases, begins, is_whole, rows, numbers), Tokens(ids, ends, counts, np.ones(len(ids), bool))
+
+
+def text_of(raw: bytes) -> tuple[int, int, str]:
     """(first byte, the one after the last, the text between): all whole characters of a segment."""
-    first = next((i for i, byte in enumerate(segment.raw[:4]) if byte & 0xC0 != 0x80), min(len(segment.raw), 4))
-    text, used = codecs.utf_8_decode(segment.raw[first:], "replace", False)
+    first = next((i for i, byte in enumerate(raw[:4]) if byte & 0xC0 != 0x80), min(len(raw), 4))
+    text, used = codecs.utf_8_decode(raw[first:], "replace", False)
     return first, first + used, text
 
 
-def places(raw: bytes, ids: np.ndarray, pieces: Pieces) -> tuple[np.ndarray, np.ndarray, tuple[int, int] | None]:
+def encode(segments: Segments, other: Pieces) -> tuple[Tokens, list[tuple[int, int]]]:
+    """(the same segments in the tokens of another tokenizer, the places of what this has changed)."""
+    texts = [text_of(raw) for raw in segments.raw]
+    encoded = other.tokenizer.encode_batch([text for *_, text in texts])
+    ids, counts = np.concatenate([np.zeros(0, np.int32), *encoded]), np.array([len(ids) for ids in encoded], np.int64)
+    (said, ends), stops = other.spell(ids), np.cumsum(counts)
+    high = np.concatenate([[0], ends])[stops]
+    low = np.concatenate([[0], high[:-1]])
+    exact, changed = np.ones(len(ids), bool), []
+    ends += np.repeat(segments.bases + [first for first, *_ in texts] - low, counts)
+    for i, (raw, (first, stop, _)) in enumerate(zip(segments.raw, texts, strict=True)):
+        if (own := said[low[i] : high[i]]) != raw[first:stop]:
+            here, base = slice(stops[i] - counts[i], stops[i]), segments.bases[i] + first
+            found, exact[here], span = places(raw[first:stop], own, ends[here] - base, other.puts_space)
+            ends[here] = base + found
+            changed += [(base + span[0], base + span[1])] if span else []
+    # Tokens that begin and end documents come between those of texts.
+    both = lambda begin, end: np.stack([begin, end], 1).reshape(-1)  # noqa: E731
+    bos, eos = other.tokenizer.bos_id, other.tokenizer.eos_id
+    there = both(segments.begins & (bos is not None), segments.is_whole & (eos is not None))
+    lasts = segments.bases + np.array([len(raw) + 1 for raw in segments.raw], np.int64)
+    at = both(stops - counts, stops)[there]
+    is_text = np.ones(len(ids) + len(at), bool)
+    is_text[at + np.arange(len(at))] = False
+
+    def whole(of_texts: np.ndarray, of_documents: np.ndarray | bool) -> np.ndarray:
+        found = np.empty(len(is_text), of_texts.dtype)
+        found[is_text], found[~is_text] = of_texts, of_documents
+        return found
+
+    ids = whole(ids, np.tile([bos or 0, eos or 0], len(counts))[there])
+    ends = whole(ends, both(segments.bases, lasts)[there])
+    return Tokens(ids, ends, counts + there.reshape(-1, 2).sum(1), whole(exact, True)), changed
+
+
+def places(
+    raw: bytes, own: bytes, ends: np.ndarray, puts_space: bool
+) -> tuple[np.ndarray, np.ndarray, tuple[int, int] | None]:
     """(after how many bytes of `raw` each token of its text ends; whether that is exact; which bytes were changed).
 
     What a tokenizer changes in a text before it splits it (normal forms, white space) is taken as one span, from the
     first byte that differs to the last one, in which no token has an end.
+
+    Args:
+      raw: the bytes of the text.
+      own, ends: the bytes of its tokens, and after how many of them each ends.
+      puts_space: whether the tokenizer begins a text with a space that it has not itself.
     """
-    own, ends = pieces.join(ids), np.cumsum(pieces.lengths[ids])
-    if pieces.puts_space and own != raw and own.startswith(b" "):
+    if puts_space and own.startswith(b" "):
         own, ends = own[1:], np.maximum(ends - 1, 0)
     if own == raw:
-        return ends, np.ones(len(ids), bool), None
+        return ends, np.ones(len(ends), bool), None
     a, b = np.frombuffer(raw, np.uint8), np.frombuffer(own, np.uint8)
     shorter = min(len(a), len(b))
     low = _equal(a[:shorter], b[:shorter])
@@ -118,28 +191,39 @@ def _equal(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else len(a)
 
 
-def compare(own: Tokens, other: Tokens, changed: Sequence[tuple[int, int]]) -> Map:
-    """What the row has in common with that of another tokenizer.
+def compare(rows: Rows) -> Map:
+    """What rows have in common. A chunk that touches what the other tokenizer has changed is none."""
+    segments, own, other, changed = rows
+    size = int(segments.bases[-1]) + len(segments.raw[-1]) + 2
+    # Looking up by place is faster than searching: how many tokens of the other side end there or before.
+    index = np.cumsum(np.bincount(other.ends, minlength=size))[own.ends] - 1
+    there = index >= np.repeat(np.cumsum(other.counts) - other.counts, own.counts)
+    is_shared, theirs = np.zeros(size, bool), np.zeros(size, bool)
+    is_shared[own.ends], theirs[other.ends if other.exact.all() else other.ends[other.exact]] = True, True
+    is_shared &= theirs
+    shared = np.flatnonzero(is_shared)
+    closes = np.ones(len(shared) + 1, bool)
+    closes[np.searchsorted(shared, segments.bases)] = False
+    if changed:
+        # What it has put between two bytes has the same place twice, and is touched on both sides.
+        inside, touched = np.zeros(size, bool), np.zeros(size, bool)
+        for low, high in changed:
+            inside[low + 1 : high] = True
+            touched[min(low, high - 1) + 1 : max(high, low + 1) + 1] = True
+        there &= ~inside[own.ends]
+        closes[1:-1] &= np.diff(np.cumsum(touched)[shared]) == 0
+    closes[-1] = False  # of tokens that end after all that is shared
+    # Numbers begin anew in each row.
+    numbers = np.cumsum(closes)
+    firsts = np.searchsorted(shared, segments.bases[segments.numbers == 1])
+    numbers -= np.repeat(numbers[firsts], np.diff(firsts, append=len(numbers)))
+    numbers *= closes
 
-    changed: (first, last) places of each span that the other one has changed; a chunk that touches one is none. Where
-      it has put something between two bytes these are the same place, and touched on both sides.
-    """
-    index = np.searchsorted(other.ends, own.ends, "right") - 1
-    there = index >= 0
-    there[there] = other.segments[index[there]] == own.segments[there]
-    # Both are in order, so no sorting is needed to find what is in both.
-    ends, theirs = own.ends[np.diff(own.ends, prepend=-1) > 0], other.ends[other.exact]
-    shared = ends[np.searchsorted(theirs, ends, "left") < np.searchsorted(theirs, ends, "right")]
-    segments = own.segments[np.searchsorted(own.ends, shared)]
-    closes = np.concatenate([np.zeros(min(len(shared), 1), bool), segments[1:] == segments[:-1]])
-    begins = np.concatenate([shared[:1], shared[:-1]])
-    for low, high in changed:
-        there &= (own.ends <= low) | (own.ends >= high)
-        closes &= (begins >= max(high, low + 1)) | (shared <= min(low, high - 1))
-    # One more, for tokens that end after all that is shared.
-    numbers = np.concatenate([np.cumsum(closes) * closes, [0]])
-    chunks, other_chunks = (numbers[np.searchsorted(shared, ends, "left")] for ends in (own.ends, other.ends))
-    return Map(np.where(there, index, -1), chunks, other_chunks)
+    def chunks(ends: np.ndarray) -> np.ndarray:
+        ends_one = is_shared[ends]
+        return numbers[np.cumsum(ends_one & (np.diff(ends, prepend=-1) > 0)) - ends_one]
+
+    return Map(np.where(there, index, -1), chunks(own.ends), chunks(other.ends))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,8 +251,8 @@ class Retokenizer:
           chunks, own_chunks: int32 [B, T] and [B, U]; of each target the number of its chunk in the row, from 1, or 0.
         """
         batch = self.padded(batch_size, seq_len)
-        for row, both in enumerate(self.read(windows)):
-            _fill({name.removeprefix(f"{self.name}_"): value[row] for name, value in batch.items()}, *both)
+        if windows:
+            _fill({name.removeprefix(f"{self.name}_"): value for name, value in batch.items()}, self.read(windows))
         return batch
 
     def padded(self, batch_size: int, seq_len: int) -> Batch:
@@ -179,54 +263,57 @@ class Retokenizer:
         batch |= {"index": np.full(whole, -1, np.int32), "weights": np.zeros(theirs, np.float32)}
         return {f"{self.name}_{name}": value for name, value in batch.items()}
 
-    def read(self, windows: Sequence[Window]) -> list[tuple[Tokens, Tokens, list[tuple[int, int]]]]:
-        """Of each window its own tokens, those of the other row, uncut, and the places of what this has changed."""
-        data, other = bytes_of.load(self.data), bytes_of.load(self.path)
-        parts = [segments_of(window, data) for window in windows]
-        texts = [text_of(segment) for segments in parts for segment in segments]
-        encoded = iter(zip(texts, other.tokenizer.encode_batch([text for *_, text in texts]), strict=True))
-        return [
-            _both(window.tokens, segments, [next(encoded) for _ in segments], other)
-            for window, segments in zip(windows, parts, strict=True)
-        ]
+    def read(self, windows: Sequence[Window]) -> Rows:
+        """Some windows by both tokenizers, those of the other one uncut."""
+        segments, own = segments_of(windows, bytes_of.load(self.data))
+        return Rows(segments, own, *encode(segments, bytes_of.load(self.path)))
 
 
-def _both(tokens: np.ndarray, segments: Sequence[Segment], encoded: Sequence, other: Pieces):
-    """As `Retokenizer.read`, of a row whose segments have been encoded: ((first, stop, text), ids) of each."""
-    bos, eos = ([] if i is None else [i] for i in (other.tokenizer.bos_id, other.tokenizer.eos_id))
-    base, changed, own, theirs = 0, [], [], []
-    for number, (segment, ((first, stop, _), ids)) in enumerate(zip(segments, encoded, strict=True), 1):
-        ends, exact, span = places(segment.raw[first:stop], ids, other)
-        begin, end = bos * segment.begins, eos * segment.is_whole
-        ids = np.concatenate([begin, ids, end]).astype(np.int32)
-        last = base + len(segment.raw) + 1
-        ends = np.concatenate([[base] * len(begin), base + first + ends, [last] * len(end)]).astype(np.int64)
-        exact = np.concatenate([[True] * len(begin), exact, [True] * len(end)]).astype(bool)
-        theirs.append((ids, ends, np.full(len(ids), number, np.int32), exact))
-        own.append((base + segment.ends, np.full(len(segment.ends), number, np.int32)))
-        changed += [(base + first + span[0], base + first + span[1])] if span else []
-        base = last + 1
-    ends, numbers = (np.concatenate(part) for part in zip(*own, strict=True))
-    mine = Tokens(tokens[: len(ends)], ends, numbers, np.ones(len(ends), bool))
-    return mine, Tokens(*(np.concatenate(part) for part in zip(*theirs, strict=True))), changed
+def _fill(batch: Batch, rows: Rows) -> None:
+    """Writes the rows of a batch; see `Retokenizer.rows`."""
+    segments, own, other, _ = rows
+    other = _cut(other, segments.rows, most := batch["tokens"].shape[1])
+    common = compare(rows._replace(other=other))
+    borders, own_borders = _borders(other, segments.rows), _borders(own, segments.rows)
+    positions = _places(other.counts)
+    inputs = {"tokens": other.ids, "segment_ids": np.repeat(segments.numbers, other.counts), "positions": positions}
+    _write(batch, inputs, borders, 0)
+    labels = {"targets": other.ids, "weights": positions > 0, "own_chunks": common.other_chunks}
+    _write(batch, labels, borders, 1)
+    columns = common.index - np.repeat(borders[:-1], np.diff(own_borders))
+    there = (common.index >= 0) & (columns < most)
+    _write(batch, {"index": np.where(there, columns, -1)}, own_borders, 0)
+    _write(batch, {"chunks": common.chunks}, own_borders, 1)
 
 
-def _fill(row: Batch, own: Tokens, other: Tokens, changed: Sequence[tuple[int, int]]) -> None:
-    """Writes a row of a batch; see `Retokenizer.rows`."""
-    seq_len, length = len(row["index"]), len(row["tokens"])
-    other = Tokens(*(x[: length + 1] for x in other))
-    common = compare(own, other, changed)
-    inputs, labels = len(other.ids[:length]), max(len(other.ids) - 1, 0)
-    begins = np.concatenate([[True], other.segments[1:] != other.segments[:-1]])[:inputs]
-    places = np.arange(inputs)
-    row["tokens"][:inputs], row["segment_ids"][:inputs] = other.ids[:inputs], other.segments[:inputs]
-    row["positions"][:inputs] = places - np.maximum.accumulate(np.where(begins, places, 0))
-    row["targets"][:labels] = other.ids[1:]
-    row["weights"][:labels] = other.segments[1:] == other.segments[:-1]
-    row["own_chunks"][:labels] = common.other_chunks[1:]
-    index = common.index[:seq_len]
-    row["index"][: len(index)] = np.where(index < length, index, -1)
-    row["chunks"][: len(own.ids) - 1] = common.chunks[1:]
+def _places(counts: np.ndarray) -> np.ndarray:
+    """0, 1, ... of each of some runs."""
+    places = np.arange(counts.max(initial=0))
+    return np.concatenate([places[:0], *(places[:count] for count in counts.tolist())])
+
+
+def _borders(tokens: Tokens, rows: np.ndarray) -> np.ndarray:
+    """Where the rows begin and, one more, where the last one ends."""
+    return np.cumsum(np.bincount(rows + 1, tokens.counts)).astype(int)
+
+
+def _cut(tokens: Tokens, rows: np.ndarray, most: int) -> Tokens:
+    """The tokens without those of a row after `most` inputs and one more label."""
+    lengths = np.diff(_borders(tokens, rows))
+    if (lengths <= most + 1).all():
+        return tokens
+    kept = _places(lengths) <= most
+    counts = np.bincount(np.repeat(np.arange(len(rows)), tokens.counts)[kept], minlength=len(rows))
+    return Tokens(tokens.ids[kept], tokens.ends[kept], counts, tokens.exact[kept])
+
+
+def _write(batch: Batch, arrays: Batch, borders: np.ndarray, skip: int) -> None:
+    """Writes what rows have, one after the other between these borders, but the first `skip`, to those of a batch."""
+    borders = borders.tolist()
+    for name, values in arrays.items():
+        for row, first, stop in zip(batch[name], borders, borders[1:], strict=False):
+            stop = min(stop, first + skip + len(row))
+            row[: max(stop - first - skip, 0)] = values[first + skip : stop]
 
 
 class Measured(NamedTuple):
@@ -247,10 +334,9 @@ class Measured(NamedTuple):
 
 def measure(windows: Sequence[Window], data: str, path: str) -> Measured:
     """What these rows are in the tokenizer in `path`; theirs is in `data`."""
-    read, pieces = Retokenizer("", data, path, 0).read(windows), bytes_of.load(data)
-    size = sum(int(pieces.lengths[own.ids].sum()) for own, _, _ in read)
-    changed = sum(high - low for *_, spans in read for low, high in spans)
-    counts = [len(other.ids) for _, other, _ in read]
-    unknown = sum(int((own.ids == pieces.unknown).sum()) for own, _, _ in read if pieces.unknown is not None)
-    ratio = sum(counts) / max(sum(len(own.ids) for own, _, _ in read), 1)
-    return Measured(max(counts, default=0), ratio, 1 - changed / max(size, 1), unknown)
+    segments, own, other, changed = Retokenizer("", data, path, 0).read(windows)
+    pieces = bytes_of.load(data)
+    same = 1 - sum(high - low for low, high in changed) / max(int(pieces.lengths[own.ids].sum()), 1)
+    unknown = 0 if pieces.unknown is None else int((own.ids == pieces.unknown).sum())
+    longest = int(np.diff(_borders(other, segments.rows)).max(initial=0))
+    return Measured(longest, len(other.ids) / max(len(own.ids), 1), same, unknown)

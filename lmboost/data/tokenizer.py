@@ -20,7 +20,7 @@ import sentencepiece
 import tokenizers
 
 from lmboost import places, strict_json
-from lmboost.data import special_tokens
+from lmboost.data import fast_bpe, special_tokens
 from lmboost.errors import UserError
 
 # Of these a directory's first is taken: where both are there, tokenizer.json is what transformers reads, and may have
@@ -243,12 +243,18 @@ class HuggingFaceTokenizer(Tokenizer):
         else:
             super()._copy(target)
 
+    @functools.cached_property
+    def _fast(self) -> fast_bpe.FastBpe | None:
+        return fast_bpe.make(self._model)
+
     def in_texts(self) -> set[int]:
         special = {i for i, token in self._model.get_added_tokens_decoder().items() if token.special}
         return set(self._vocab.values()) - special
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         with refusing(self.path, "cannot encode a text; give one that has a token for every character"):
+            if self._fast:
+                return self._fast.encode_batch(texts)
             encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.asarray(encoding.ids, np.int32) for encoding in encodings]
 
