@@ -103,7 +103,8 @@ def base() -> ConfigDict:
     auto.end = 0.25  # lead below which it has ended, for good
     auto.smoothing = 0.95  # of the lead from step to step
 
-    # SALT_DS: train on what is challenging yet learnable for an early checkpoint of the small model.
+    # SALT_DS: train on what is challenging yet learnable for an early checkpoint of the small model. A row's score is
+    # the median loss of learnable tokens; of a scorer of another tokenizer it is their loss a byte.
     objective.select = select = ConfigDict()
     select.candidates = 1  # candidate rows for each row of the batch; 1 with fraction 1 is off
     select.fraction = -1.0  # of the candidates that count, at most 1 / candidates; -1 is 1 / candidates

@@ -258,10 +258,11 @@ def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[
     teacher = scorer = None
     if "scorer" in needed and select.scorer:
         named = ("objective.select.scorer", select.scorer, select.scorer_step)
-        scorer = find(*named, name="scorer", own_seq_len=0)
+        scorer = find(*named, name="scorer", scores=True, own_seq_len=0)
     if "teacher" in needed or ("scorer" in needed and not scorer):
         named = ("teacher.path", config.teacher.path, config.teacher.step)
-        teacher = find(*named, name="teacher", own_seq_len=config.teacher.seq_len)
+        scores = "scorer" in needed and not scorer
+        teacher = find(*named, name="teacher", scores=scores, own_seq_len=config.teacher.seq_len)
     scorer = scorer or (teacher if "scorer" in needed else None)
     return (teacher if "teacher" in needed else None), scorer
 

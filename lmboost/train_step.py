@@ -379,10 +379,11 @@ def _select(program: Program, params, candidates: Batch) -> tuple[dict[str, jax.
     batch_size, parts = rows // selection.candidates, selection.candidates * program.accumulation
 
     def score(part):
+        sizes = part[f"{program.scorer_rows}_bytes"] if program.scorer_rows else None
         part = _rows_of(part, program.scorer_rows)
         h, _ = _forward(scorer, params, part)
         head = Head.of(scorer, params)
-        return select.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens)
+        return select.score(h, head, part["targets"], part["weights"], selection, objective.block_tokens, sizes)
 
     if program.known:
         scores = candidates["score"]

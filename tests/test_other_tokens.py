@@ -106,23 +106,39 @@ def same_rows(batch):
     rows = {f"teacher_{name}": x for name, x in batch.items()}
     alone = (np.cumsum(batch["weights"] > 0, axis=1) * (batch["weights"] > 0)).astype(np.int32)
     index = np.where(batch["segment_ids"] > 0, np.arange(TOKENS), -1).astype(np.int32)
+    rows["teacher_bytes"] = np.ones_like(alone)
     return batch | rows | {"teacher_chunks": alone, "teacher_own_chunks": alone, "teacher_index": index}
 
 
 @pytest.mark.parametrize("mesh", [None, "all"])
-def test_a_teacher_that_happens_to_read_the_same_tokens_guides_selects_and_leads_as_usual(mesh):
-    selection = Selection(2, 0.5, k=30)
-    batch = make_batch(16)
+def test_a_teacher_that_happens_to_read_the_same_tokens_guides_and_leads_as_usual(mesh):
+    batch = make_batch(8)
     weights = {"kd": lambda *_: 0.0, "align": lambda *_: 0.5}
-    obj = make_objective(
-        align=Alignment(((2, 2),), centre=True), select=selection, weights=weights, auto=Auto(frozenset({"align"}))
-    )
-    usual, expected = run_step(obj, {"align", "select"}, batch)
-    found, metrics = one_step(
-        obj, {"align", "select"}, same_rows(batch), mesh=mesh and sharding.make_mesh(*MESHES[mesh])
-    )
+    obj = make_objective(align=Alignment(((2, 2),), centre=True), weights=weights, auto=Auto(frozenset({"align"})))
+    usual, expected = run_step(obj, {"align"}, batch)
+    found, metrics = one_step(obj, {"align"}, same_rows(batch), mesh=mesh and sharding.make_mesh(*MESHES[mesh]))
     assert_close(found["model"], usual["model"])
     assert metrics == pytest.approx(expected, rel=1e-5) and metrics["align_ratio"] > 0.1 and abs(metrics["lead"]) > 0.1
+
+
+@pytest.mark.parametrize("others, mesh", [("drop", "all"), ("zero", None)])
+def test_rows_are_chosen_by_the_loss_a_byte_of_what_the_scorer_has_learnt(others, mesh):
+    batch, selection = with_teacher_rows(make_batch(16)), Selection(2, 0.5, k=30, others=others)
+    rows, (_, teacher) = teacher_rows_of(batch), models()
+    sizes = np.random.default_rng(3).integers(1, 9, rows["targets"].shape) * (rows["weights"] > 0)
+    logits, *_ = dense.forward(TEACHER, teacher, rows)
+    label = np.take_along_axis(logits, rows["targets"][..., None], -1)
+    learnt = ((logits > label).sum(-1) < 30) & (rows["weights"] > 0)
+    loss, counted = losses_on(TEACHER, teacher, rows), learnt if others == "drop" else rows["weights"] > 0
+    scores = (loss * learnt).sum(1) / (sizes * counted).sum(1)
+    best = np.sort(np.argsort(-scores)[:8])
+    obj = make_objective(0.5, 0.4, align=Alignment(((2, 2),), centre=True), select=selection)
+    whole = batch | {"teacher_bytes": sizes.astype(np.int32)}
+    mesh = mesh and sharding.make_mesh(*MESHES[mesh])
+    found, metrics = one_step(obj, {"kd", "align", "select"}, whole, mesh=mesh)
+    expected, others = one_step(obj, {"kd", "align"}, {name: x[best] for name, x in batch.items()})
+    assert_close(found["model"], expected["model"])
+    assert metrics.pop("kept_fraction") == 0.5 and metrics == pytest.approx(others, rel=1e-5)
 
 
 def test_tokens_without_a_place_in_the_teacher_s_row_are_not_guided():

@@ -234,12 +234,14 @@ class Retokenizer:
       name: of whom the rows are for ("teacher", "scorer").
       data, path: the tokenizer of the records, and the other one, as `tokenizer.load` finds them.
       seq_len: tokens of the other rows, U; a longer one is cut.
+      scores: whether rows are scored by them, which asks for the bytes of tokens, too.
     """
 
     name: str
     data: str
     path: str
     seq_len: int
+    scores: bool = False
 
     def rows(self, windows: Sequence[Window], batch_size: int, seq_len: int) -> Batch:
         """The rows of some windows, padded to `batch_size` rows B; the windows have `seq_len` tokens T.
@@ -249,10 +251,14 @@ class Retokenizer:
           index: int32 [B, T]; of each token, the last one of the other row that ends where it does or before; -1 where
             there is none, or its place is beyond a row that was cut.
           chunks, own_chunks: int32 [B, T] and [B, U]; of each target the number of its chunk in the row, from 1, or 0.
+          bytes: int32 [B, U], of each target; only where the helper scores.
         """
         batch = self.padded(batch_size, seq_len)
         if windows:
-            _fill({name.removeprefix(f"{self.name}_"): value for name, value in batch.items()}, self.read(windows))
+            rows = {name.removeprefix(f"{self.name}_"): value for name, value in batch.items()}
+            _fill(rows, self.read(windows))
+            if self.scores:
+                rows["bytes"][:] = bytes_of.load(self.path).lengths[rows["targets"]] * (rows["weights"] > 0)
         return batch
 
     def padded(self, batch_size: int, seq_len: int) -> Batch:
@@ -261,6 +267,7 @@ class Retokenizer:
         batch = {name: np.zeros(theirs, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
         batch |= {"own_chunks": np.zeros(theirs, np.int32), "chunks": np.zeros(whole, np.int32)}
         batch |= {"index": np.full(whole, -1, np.int32), "weights": np.zeros(theirs, np.float32)}
+        batch |= {"bytes": np.zeros(theirs, np.int32)} if self.scores else {}
         return {f"{self.name}_{name}": value for name, value in batch.items()}
 
     def read(self, windows: Sequence[Window]) -> Rows:

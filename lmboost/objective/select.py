@@ -1,8 +1,8 @@
 """Selection: train on the examples that are challenging yet learnable for a small model.
 
 Source: SALT_DS (arXiv 2410.18779): a row's score is the median loss over the tokens that are among the
-scorer's k best; the highest scores are kept. These are the scorer's own tokens, also where the data's are others: the
-scores that are compared are all of one scorer.
+scorer's k best; the highest scores are kept. A scorer of other tokens than the data's gives the loss a byte instead:
+its tokens are longer in one row than in another, and a row is chosen for what there is to learn in its text.
 """
 
 import dataclasses
@@ -60,12 +60,16 @@ def schedule(c: ConfigDict, steps: int) -> tuple[Weight, int]:
     return lambda step, share=1.0: jnp.where(step < stop, 1.0, 0.0), stop
 
 
-def score(h_BxTxD, head: vocabulary.Head, targets, weights, selection: Selection, block_tokens: int) -> jax.Array:
+def score(
+    h_BxTxD, head: vocabulary.Head, targets, weights, selection: Selection, block_tokens: int, bytes_BxT=None
+) -> jax.Array:
     """S_k of each row, float32 [B]: the median of -log p(target) over its learnable tokens.
 
     A token is learnable if fewer than k logits exceed its own. The others are left out of the median
     ("drop") or count as 0 ("zero"); tokens of weight 0 are left out in any case. A row in which nothing is
     left scores -inf.
+
+    bytes_BxT: of the targets; then the score is the sum over the same tokens divided by that of their bytes.
     """
 
     def one_block(_, logits, h, labels):
@@ -76,6 +80,9 @@ def score(h_BxTxD, head: vocabulary.Head, targets, weights, selection: Selection
     head = head.laid_out(h_BxTxD.dtype)
     _, (loss, learnable) = vocabulary.over_blocks(one_block, head, h_BxTxD, targets, block_tokens)
     counted = weights > 0
+    if bytes_BxT is not None:
+        size = jnp.sum(bytes_BxT * (counted & (learnable | (selection.others == "zero"))), axis=1)
+        return jnp.where(size > 0, jnp.sum(loss * (counted & learnable), axis=1) / jnp.maximum(size, 1), -jnp.inf)
     if selection.others == "zero":
         return masked_median(jnp.where(learnable, loss, 0.0), counted)
     return masked_median(loss, counted & learnable)

@@ -20,9 +20,9 @@ WORDS = (
 )
 TEXT = ["It's 1234 words,  words and\tmore wörds: 漢字漢字\n\n", string.printable, "the end of the texts 🤦🏽 \r\n"]
 ATOMS = [
-    " ", "  ", "\n", "\r\n", "\t", "\u3000", "\u2581", "\u200d", "e\u0301", "\u0130", "12345", "\u0664", "<|end|>",
-    "<tool>", "</s>", "'s", "'LL", "🤦🏽\u200d♀️", "漢字", "한국", "word", "words", "!!", "\0", "\x85", "\u2028", " " * 40,
-    "\ufeff", "<0x41>",
+    " ", "\n", "\r\n", "\t", "\u3000", "\u2581", "\u200d", "e\u0301", "\u0130", "12345", "\u0664", "<|end|>",
+    "<tool>", "</s>", "'s", "'LL", "🤦🏽\u200d♀️", "漢字", "한국", "word", "words", "!!", "\0", "\x85", "\u2028",
+    "\ufeff", "<0x41>", " " * 40,
 ]  # fmt: skip
 texts = strategies.lists(strategies.sampled_from(ATOMS) | strategies.text(max_size=8), max_size=40).map("".join)
 
