@@ -85,6 +85,8 @@ def family_of(model: ModelConfig, origin: str = "") -> Family:
 
     origin: the architecture that is asked first.
     """
+    if not model.num_layers:
+        raise UserError("the model has no layers, and transformers none like it: let it grow (init.grow) first.")
     equal = widen.wide_config(model)
     misfits = {family.architecture: family.misfits(equal) for family in FAMILIES}
     for family in sorted(FAMILIES, key=lambda family: family.architecture != origin):

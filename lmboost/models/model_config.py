@@ -177,12 +177,12 @@ class ModelConfig:
 
     def with_layers(self, sizes: Sequence[LayerSizes], kinds: Sequence[str]) -> "ModelConfig":
         """The same model with layers of these sizes and kinds, each written in the shortest way."""
-        largest = LayerSizes(*map(max, zip(*sizes, strict=True)))
+        largest = LayerSizes(*map(max, zip(*sizes, strict=True)))._asdict() if sizes else {}
         unequal = format_sizes(sizes) if len(set(sizes)) > 1 else ""
-        pattern = layer_kinds.write(kinds)
+        pattern = layer_kinds.write(kinds) if kinds else ""
         pattern = "" if pattern == self._kind_of_all else pattern
         changes = {"num_layers": len(sizes), "layer_sizes": unequal, "layer_kinds": pattern}
-        return dataclasses.replace(self, **changes, **largest._asdict())
+        return dataclasses.replace(self, **changes, **largest)
 
     def of_kind(self, kind: str) -> "ModelConfig":
         """The model as if all of its layers were of a kind of KINDS: what a `Block` of that kind is made from."""
@@ -237,8 +237,9 @@ class ModelConfig:
         for name, known in choices.items():
             one_of(f"{field}.{name}", getattr(self, name), known)
         for name, most in _MOST.items():
-            if not 1 <= getattr(self, name) <= most:
-                raise UserError(f"{field}.{name}={getattr(self, name)}: expected a number from 1 to {most}.")
+            least = 0 if name == "num_layers" else 1  # a model without layers is what the shallowest ones grow from
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"{field}.{name}={getattr(self, name)}: expected a number from {least} to {most}.")
         for name in _POSITIVE:
             if not 0 < getattr(self, name) < math.inf:  # false for NaN, too
                 raise UserError(f"{field}.{name}={getattr(self, name)}: expected a finite number above 0.")
@@ -318,8 +319,9 @@ class ModelConfig:
                 )
 
     def _check_sizes(self, field: str) -> None:
-        sizes = self.sizes
-        if len(sizes) != self.num_layers:
+        # Without layers, those that it would have.
+        sizes = self.sizes if self.num_layers else dataclasses.replace(self, num_layers=1).sizes
+        if len(sizes) != max(self.num_layers, 1):
             raise UserError(
                 f"{field}.layer_sizes={self.layer_sizes!r} are {len(sizes)} layers, but {field}.num_layers="
                 f"{self.num_layers}: give the sizes of every layer."

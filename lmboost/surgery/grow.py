@@ -2,7 +2,8 @@
 
 Each layer of the parent stays, and new ones are put among them (`GROWTHS`). Copies of whole layers are stacking (arXiv
 2405.15319) and interposing (arXiv 2011.13635); copies or random layers whose output projections are zero add nothing at
-first, so that the child computes what the parent does (arXiv 2401.02415, 2511.04981). Moments of what was there are
+first, so that the child computes what the parent does (arXiv 2401.02415, 2511.04981, which begins with no layer at
+all; then what is new is random). Moments of what was there are
 kept, those of what is new begin at zero. Where a norm follows each sublayer and another goes before it (Gemma 2), that
 norm is zero instead.
 """
@@ -33,7 +34,7 @@ class Growth:
     """From a parent's state to that of a deeper child.
 
     Attributes:
-      layers: for each layer of the child the parent's that it is, or stands behind.
+      layers: for each layer of the child the parent's that it is, or stands behind; () of a parent without layers.
       kept: which of the child's layers are the parent's own.
       kind: of `GROWTHS`.
     """
@@ -48,14 +49,15 @@ class Growth:
         """The child's parameters, from the parent's and from a random tree of the child."""
         copies, silent = GROWTHS[self.kind]
         new = frozenset(range(self.child.num_layers)) - self.kept
-        taken = self._taken(silent=new if silent else frozenset())
         if copies:
-            return taken(params, random)
-        mixed = self._behind(taken(params, random), random)
-        return mixed | {"layers": taken.silence(mixed["layers"])}
+            return self._taken(new if silent else frozenset())(params, random)
+        mixed = self.moments(params, random)
+        return mixed | {"layers": self._taken(new if silent else frozenset()).silence(mixed["layers"])}
 
     def moments(self, old: Mapping[str, Any], fresh: Mapping[str, Any]) -> dict[str, Any]:
         """The same of a tree that mirrors parameters: of the parent's layers what they had, of new ones `fresh`."""
+        if not self.parent.num_layers:
+            return {**old, "layers": fresh["layers"]}
         return self._behind(self._taken()(old, fresh), fresh)
 
     def state(self, old: Any, fresh: Any) -> Any:
@@ -102,6 +104,8 @@ def plan(kind: str, parent: ModelConfig, child: ModelConfig) -> Growth:
             f"init.grow={kind!r}: model.num_layers={deeper}, but the parent has {n} layers; give more than that, or "
             "leave init.grow empty."
         )
+    if not n:
+        return _from_nothing(kind, parent, child)
     if kind == "stack" and deeper % n:
         raise UserError(
             f"init.grow='stack': model.num_layers={deeper} is no multiple of the parent's {n} layers, which are "
@@ -114,3 +118,14 @@ def plan(kind: str, parent: ModelConfig, child: ModelConfig) -> Growth:
         layers = tuple(sum(first <= i for first in kept) - 1 for i in range(deeper))
     check_models(of_layers(parent, layers), child, "init.")
     return Growth(layers, frozenset(kept), kind, parent, child)
+
+
+def _from_nothing(kind: str, parent: ModelConfig, child: ModelConfig) -> Growth:
+    """As `plan`, of a parent that has no layer."""
+    copies, _ = GROWTHS[kind]
+    if copies:
+        others = " or ".join(repr(name) for name, (copies, _) in GROWTHS.items() if not copies)
+        raise UserError(f"init.grow={kind!r} copies layers, and the parent has none: give {others}.")
+    layers = {name: getattr(child, name) for name in ("num_layers", "layer_sizes", "layer_kinds")}
+    check_models(dataclasses.replace(parent, **layers), child, "init.")
+    return Growth((), frozenset(), kind, parent, child)

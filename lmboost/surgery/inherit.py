@@ -107,6 +107,8 @@ def plan(layers: str, fresh: str, parent: ModelConfig, child: ModelConfig, field
     Raises a UserError where layers are not the parent's, not in order, or not as many as the child has, and where the
     child is another model than these layers make.
     """
+    if not child.num_layers:
+        raise UserError("model.num_layers=0: there are no layers to inherit; expected at least 1.")
     layers = layers or f"0-{min(child.num_layers, parent.num_layers) - 1}"
     return _plan(layers, parse_layers(layers, parent.num_layers, f"{field}layers"), fresh, parent, child, field)
 
@@ -161,6 +163,8 @@ def of_layers(parent: ModelConfig, layers: Sequence[int]) -> ModelConfig:
 
 def parse_layers(text: str, num_layers: int, field: str) -> tuple[int, ...]:
     """The layers in "0-5,8", counted from 0; a UserError where they are not the model's or not in order."""
+    if not num_layers:
+        raise UserError(f"{field}: the parent has no layers. It can only grow: init.kind='continue' and init.grow.")
     layers: list[int] = []
     wrong = "is neither a layer nor a range. Give layers as in '0-5,8'."
     for _, first, last in ranges.parse(text, f"{field}={text!r}", wrong):

@@ -367,7 +367,7 @@ def test_program_does_not_grow_with_depth(kinds):
     [
         ({"norm": "rms"}, r"model.norm='rms' is not known \(did you mean 'rmsnorm'\?\)"),
         ({"mlp": "swiglu"}, "model.mlp='swiglu' is not known.*: expected one of gelu, gelu_tanh, relu, silu"),
-        ({"num_layers": 0}, "model.num_layers=0: expected a number from 1 to"),
+        ({"num_layers": -1}, "model.num_layers=-1: expected a number from 0 to"),
         ({"num_kv_heads": 3}, "model.num_heads=4 is not a multiple of model.num_kv_heads=3"),
         ({"attention": "flash"}, "model.attention='flash' is not known"),
         ({"dtype": "float16"}, "model.dtype='float16' is not known"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lmboost import config, optimizers
+from lmboost.errors import UserError
 from lmboost.models import transformer
 from lmboost.surgery import grow, inherit
 from tests.compare import assert_same
@@ -100,3 +101,29 @@ def test_moments_of_what_was_there_are_kept_and_others_begin_at_zero(name, kind)
         assert not np.delete(np.asarray(x), kept, axis=0).any()
     assert stacks >= 9 * (2 if name == "adamw" else 1)
     new_tx.update(jax.tree.map(jnp.ones_like, new_params), moments, new_params)
+
+
+@pytest.mark.parametrize("kind", ["identity", "random"])
+@pytest.mark.parametrize("name", ["gpt2", "unequal"])
+def test_a_model_grows_from_no_layer_at_all(name, kind):
+    child = PARENTS[name]
+    parent = dataclasses.replace(child, num_layers=0, layer_sizes="", layer_kinds="").validate()
+    growth, params = grown(kind, parent, child)
+    of_parent, random = params_of(parent, 0), params_of(child, 1)
+    assert of_parent["layers"] == {} and params.keys() == random.keys()
+    assert_same(
+        {n: x for n, x in params.items() if n != "layers"}, {n: x for n, x in of_parent.items() if n != "layers"}
+    )
+    ours, theirs = states(child, params)[0], states(parent, of_parent)[0]
+    if kind == "identity":
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    else:
+        assert_same(params["layers"], random["layers"])
+    zeros = jax.tree.map(jnp.zeros_like, random)
+    assert_same(growth.moments(of_parent, zeros), {**of_parent, "layers": zeros["layers"]})
+
+
+@pytest.mark.parametrize("kind", ["stack", "interpose", "zero"])
+def test_there_is_nothing_to_copy_of_no_layer(kind):
+    with pytest.raises(UserError, match=f"init.grow='{kind}' copies layers, and the parent has none: give 'identity'"):
+        grow.plan(kind, dataclasses.replace(PARENTS["gpt2"], num_layers=0), PARENTS["gpt2"])
