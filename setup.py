@@ -23,9 +23,22 @@ setup(
         "notebook": ["ipykernel"],
         "fast": ["fastokens>=0.3.5"],  # a tokenizer.json many times as fast
         "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
-        # What some tests compare with; lmboost itself reads and writes Hub directories without them.
-        "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10", "qwix>=0.1.8"],
         "eval": ["lm-eval>=0.4.10"],
+        # log.trackers
+        "wandb": ["wandb>=0.31"],
+        "mlflow": ["mlflow-skinny>=3", "sqlalchemy", "alembic"],  # the latter two for sqlite, its default
+        "trackio": ["trackio>=0.43"],
+        # What some tests compare with, or look into; lmboost itself reads and writes Hub directories without them.
+        "peers": [
+            "torch",
+            "transformers>=5",
+            "safetensors",
+            "lm-eval[hf]>=0.4.10",
+            "qwix>=0.1.8",
+            "wandb>=0.31",
+            "mlflow-skinny>=3",
+            "trackio>=0.43",
+        ],
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
         "test": [
             "pytest",

@@ -175,7 +175,11 @@ def base() -> ConfigDict:
     c.eval.tasks_include = ""  # a directory with tasks of your own (YAML)
     c.log = log = ConfigDict()
     log.every = 10  # steps
-    log.tensorboard = True
+    # Where its numbers can be looked at, comma between them: tensorboard, wandb, mlflow, trackio. But for the first one
+    # each needs its package, as in pip install "lmboost[wandb]"; metrics.jsonl has every number in any case.
+    log.trackers = "tensorboard"
+    log.tensorboard = True  # False leaves it out of the trackers: recipes that are older than these say so
+    log.project = "lmboost"  # that the run is one of: W&B's and Trackio's project, MLflow's experiment
     log.profile_from = -1  # step at which a profiler trace begins; -1 is none
     log.profile_steps = 5
     c.max_nonfinite = 10  # steps in a row with a non-finite loss or gradient that end the run

@@ -48,6 +48,11 @@ def find(path: str, field: str = "--workdir") -> epath.Path:
     return epath.Path(path)
 
 
+def name_of(path: str) -> str:
+    """The last part of a path, local or remote, also of "." and ".."."""
+    return epath.Path(path if "://" in path else os.path.abspath(os.path.expanduser(path))).name
+
+
 def _check_readable(name: str, path: str, field: str) -> None:
     try:
         name.encode("utf-8")

@@ -22,7 +22,9 @@ from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
 from lmboost.objective import auto, terms
 from lmboost.objective.terms import Objective, make_objective
+from lmboost.run import commit
 from lmboost.run.processes import say
+from lmboost.run.trackers import table as trackers
 from lmboost.stages import Stage
 from lmboost.teacher import Helper, quantized
 from lmboost.teacher import find as find_helper
@@ -189,6 +191,7 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
         )
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
+    trackers.check(trackers.names_of(config.log.trackers, config.log.tensorboard))
     _check_init(config)
     scored = Scored.find(config.teacher.targets) if config.teacher.targets else None
     teacher, scorer = answers.helpers(scored, config) if scored else _helpers(config, train_data, platform)
@@ -363,6 +366,7 @@ def _manifest(config, student, train_data, validation_data, teacher, scorer, sco
         "scorer": scored.manifest["scorer"] if scored else helper(scorer),
         "targets": scored
         and {"directory": str(scored.directory), **{name: scored.manifest[name] for name in ("fingerprint", "flops")}},
+        "commit": commit.of_checkout(),
         "versions": {"python": sys.version.split()[0]} | checkpoint.versions(),
         "command": [os.path.basename(sys.executable), *sys.argv],
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

@@ -105,7 +105,8 @@ def train(c: ConfigDict, workdir: str, started: float | None = None) -> TrainSta
             manifest = _write_manifest(run, helpers, workdir)
         clock.begin(first)
         spent = lambda done: run.flops(done)  # noqa: E731, of the plan as it is then: help may have ended since
-        asked = Settings(c.steps, run.tokens, spent, c.max_nonfinite, **c.log)
+        name = places.name_of(workdir)
+        asked = Settings(c.steps, run.tokens, spent, c.max_nonfinite, name, manifest, **c.log)
         log = keep(RunLog(asked, log_dir, clock, first))
         part = Parts(watch, clock, log)
         losses: dict[int, float] = {}  # of validations, by the steps done

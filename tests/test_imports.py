@@ -6,10 +6,13 @@ import pkgutil
 
 import lmboost
 
+OPTIONAL = {  # modules of packages that are not always there
+    "lmboost.harness": "lm_eval",
+    **{f"lmboost.run.trackers.{name}": name for name in ("wandb", "mlflow", "trackio")},
+}
+
 
 def test_every_module_is_imported():
     names = {module.name for module in pkgutil.walk_packages(lmboost.__path__, "lmboost.")}
-    if importlib.util.find_spec("lm_eval") is None:
-        names.remove("lmboost.harness")  # is of lm-eval
-    for name in names:
+    for name in names - {name for name, package in OPTIONAL.items() if importlib.util.find_spec(package) is None}:
         importlib.import_module(name)

@@ -160,10 +160,13 @@ def read(
                 )
 
 
-def rewrite(path: str | os.PathLike, objects: Iterable[Mapping[str, Any]]) -> None:
-    """Makes the file anew of these objects, which may be read from it meanwhile: the old one is whole until then."""
+def rewrite(path: str | os.PathLike, objects: Iterable[Mapping[str, Any]]) -> int:
+    """Makes the file anew of these objects, which may be read from it meanwhile: the old one is whole until then.
+
+    Returns how many they are.
+    """
     with places.whole_file(path) as partial, partial.open("wb") as file:
-        file.writelines(map(encode, objects))
+        return sum(bool(file.write(encode(each))) for each in objects)
 
 
 def tell(text: str) -> None:

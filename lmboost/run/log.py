@@ -1,10 +1,10 @@
-"""What a run says of itself: console, metrics.jsonl, TensorBoard, profiler traces, goodput.jsonl."""
+"""What a run says of itself: console, metrics.jsonl, trackers, profiler traces, goodput.jsonl."""
 
 import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,8 @@ from lmboost.errors import UserError
 from lmboost.objective import terms
 from lmboost.run import goodput, guard, metrics, processes, progress
 from lmboost.run.logdir import LogDir
+from lmboost.run.trackers import table
+from lmboost.run.trackers.tracker import About
 
 # Fields that every training line of metrics.jsonl has, null where there is no such number.
 FIELDS = ("loss", "ce", *terms.MAIN_METRICS, "grad_norm", "learning_rate", "tokens_per_second", "mfu", "goodput")
@@ -28,8 +30,12 @@ class Settings:
     tokens: Callable[[int], float]  # of the first so many steps
     flops: Callable[[int], float]  # model FLOPs of them
     max_nonfinite: int  # so many skipped steps in a row end the run
+    name: str  # for trackers, as is the manifest
+    manifest: Mapping[str, Any]
     every: int
+    trackers: str
     tensorboard: bool
+    project: str
     profile_from: int
     profile_steps: int
 
@@ -47,11 +53,13 @@ class RunLog:
     def __init__(self, asked: Settings, directory: LogDir, clock: goodput.Clock, start: int):
         self._asked, self._start = asked, start
         self._directory, self._clock = directory, clock
-        self._writers = metrics.Writers(directory.path, asked.tensorboard, start)
+        about = About(asked.name, asked.project, asked.manifest)
+        self._writers = metrics.Writers(directory.path, start, table.names_of(asked.trackers, asked.tensorboard), about)
         self._progress = progress.Progress(asked.steps, start)
         self._running: tuple[int, metrics.Counted] | None = None  # (steps done after it, metrics) of the newest step
         self._since: tuple[int, float] | None = None  # (steps done, time) of the last logged step; None after a pause
         self._profiling = False
+        self._done = start  # steps whose numbers are written
         self._skipped = 0.0  # steps, when that was said last
 
     @property
@@ -80,7 +88,7 @@ class RunLog:
             values["mfu"] = flops.mfu(rate, jax.devices()[0].device_kind, jax.device_count())
         self._since = (done, now)
         values["goodput"] = self._clock.share
-        self._writers.write(done, {n: values.get(n) for n in FIELDS} | self._progressed(done) | values)
+        self._write(done, {n: values.get(n) for n in FIELDS} | self._progressed(done) | values)
         self._progress.update(done, values)
         if values["skipped"] > 2 * self._skipped:  # not at each of them
             self._skipped = values["skipped"]
@@ -99,7 +107,7 @@ class RunLog:
     def validation(self, done: int, values: dict[str, float]) -> None:
         """Writes the numbers of an evaluation after `done` steps."""
         self.pause()
-        self._writers.write(done, self._progressed(done) | values)
+        self._write(done, self._progressed(done) | values)
         self._progress.evaluation(done, values)
 
     def check(self) -> None:
@@ -131,8 +139,12 @@ class RunLog:
         """Closes the files; what is still pending is not waited for."""
         self._end_profile()
         self._progress.close()
-        self._writers.close()
+        self._writers.close(whole=self._done >= self._asked.steps)
         self._clock.close()
+
+    def _write(self, done: int, values: Mapping[str, Any]) -> None:
+        self._writers.write(done, values)
+        self._done = done
 
     def _end_profile(self) -> None:
         if self._profiling:

@@ -1,6 +1,6 @@
 """A run's small files: appended to on a local disk, full or not, and copied from there to a bucket.
 
-An object store has no appending. So with `--workdir=gs://bucket/run` metrics.jsonl, goodput.jsonl and TensorBoard's
+An object store has no appending. So with `--workdir=gs://bucket/run` metrics.jsonl, goodput.jsonl and the trackers'
 files are written to a temporary directory, and those that have changed are uploaded whole, in a thread: a `sync` takes
 the loop microseconds, a few milliseconds where a thread begins. It costs one request to the store for each file that
 has changed, and as much traffic as these files are large; a run of a million logged steps has some 400 MB of them.
@@ -19,7 +19,7 @@ import jax
 from lmboost import places
 from lmboost.run.lines import tell
 
-KEPT = ("metrics.jsonl", "goodput.jsonl")  # go on from what earlier starts have written
+KEPT = ("metrics.jsonl", "goodput.jsonl", "trackers.json")  # go on from what earlier starts have written
 
 
 class LogDir:

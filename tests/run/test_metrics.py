@@ -38,7 +38,7 @@ CONFIG = ModelConfig(
 
 
 def write(workdir, steps, resume_step=0, **kwargs):
-    with closing(metrics.Writers(str(workdir), tensorboard=False, resume_step=resume_step)) as writers:
+    with closing(metrics.Writers(str(workdir), resume_step=resume_step)) as writers:
         for s in steps:
             writers.write(s, {"loss": s / 3} | kwargs)
 
@@ -49,7 +49,7 @@ def test_mean_divides_once_and_knows_nothing_counted():
 
 
 def test_a_line_per_step_strict_json_and_written_at_once(tmp_path):
-    writers = metrics.Writers(str(tmp_path), tensorboard=False)
+    writers = metrics.Writers(str(tmp_path))
     values = {
         "loss": jnp.float32(2.5),
         "kd": None,
@@ -122,10 +122,10 @@ def tensorboard_events(workdir):
 
 
 def test_tensorboard_holds_the_numbers_and_a_resume_purges_later_ones(tmp_path):
-    with closing(metrics.Writers(str(tmp_path))) as writers:
+    with closing(metrics.Writers(str(tmp_path), trackers=["tensorboard"])) as writers:
         for s in (1, 2, 3):
             writers.write(s, {"loss": s / 2, "kd": None})
-    with closing(metrics.Writers(str(tmp_path), resume_step=2)) as writers:
+    with closing(metrics.Writers(str(tmp_path), 2, ["tensorboard"])) as writers:
         writers.write(3, {"loss": 9.0})
     events = list(tensorboard_events(tmp_path))
     found = [(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value]
@@ -138,7 +138,7 @@ FULL = """
 import errno, json, os, sys
 from lmboost.run import metrics
 directory, filler = sys.argv[1] + "/run", sys.argv[1] + "/filler"
-writers = metrics.Writers(directory)
+writers = metrics.Writers(directory, trackers=["tensorboard"])
 for s in range(1, 11):
     writers.write(s, {"loss": s / 3})
 with open(filler, "wb", buffering=0) as file:

@@ -107,7 +107,7 @@ def test_checkpoints_are_saved_restored_and_thinned_out(root):
 
 def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, server):
     with closing(logdir.LogDir(str(root))) as directory:
-        with closing(metrics.Writers(directory.path)) as writers:
+        with closing(metrics.Writers(directory.path, trackers=["tensorboard"])) as writers:
             for step in (1, 2, 3):
                 writers.write(step, {"loss": float(step)})
             directory.sync()
@@ -124,7 +124,7 @@ def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, serv
     assert (root / "profile" / "host" / "trace").read_bytes() == b"trace"
     with (
         closing(logdir.LogDir(str(root))) as directory,
-        closing(metrics.Writers(directory.path, resume_step=2)) as writers,
+        closing(metrics.Writers(directory.path, 2, ["tensorboard"])) as writers,
     ):
         writers.write(3, {"loss": 9.0})
     with closing(logdir.LogDir(str(root))) as directory:
@@ -135,7 +135,7 @@ def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, serv
 
 def test_an_upload_that_fails_is_told_once_and_made_good(root, server, impatient, capsys):
     with closing(logdir.LogDir(str(root))) as directory:
-        with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
+        with closing(metrics.Writers(directory.path)) as writers:
             server.stop()
             for step in (1, 2):
                 writers.write(step, {})
@@ -151,7 +151,7 @@ def test_an_upload_that_fails_is_told_once_and_made_good(root, server, impatient
 
 def test_what_could_not_be_uploaded_at_the_end_stays_and_is_named(root, server, impatient, capsys):
     directory = logdir.LogDir(str(root))
-    with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
+    with closing(metrics.Writers(directory.path)) as writers:
         writers.write(1, {})
     server.stop()
     directory.close()
@@ -162,7 +162,7 @@ def test_what_could_not_be_uploaded_at_the_end_stays_and_is_named(root, server, 
 
 def test_a_slow_upload_holds_up_nobody_and_not_the_end_for_ever(root, server, capsys):
     directory = logdir.LogDir(str(root))
-    with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
+    with closing(metrics.Writers(directory.path)) as writers:
         writers.write(1, {})
     with server.lock:  # no answer comes
         begun = time.monotonic()
@@ -177,7 +177,7 @@ def test_a_slow_upload_holds_up_nobody_and_not_the_end_for_ever(root, server, ca
 def test_what_is_written_while_an_upload_runs_is_uploaded_after_it(root, server):
     with (
         closing(logdir.LogDir(str(root))) as directory,
-        closing(metrics.Writers(directory.path, tensorboard=False)) as writers,
+        closing(metrics.Writers(directory.path)) as writers,
     ):
         writers.write(1, {})
         sent = len(server.requests)
@@ -193,7 +193,7 @@ def test_what_is_written_while_an_upload_runs_is_uploaded_after_it(root, server)
 
 def test_no_more_often_than_asked_for(root, server):
     with closing(logdir.LogDir(str(root))) as directory:
-        with closing(metrics.Writers(directory.path, tensorboard=False)) as writers:
+        with closing(metrics.Writers(directory.path)) as writers:
             writers.write(1, {})
         directory.sync(at_least=60)
         assert directory._thread is None

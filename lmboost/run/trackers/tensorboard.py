@@ -1,4 +1,4 @@
-"""TensorBoard files."""
+"""TensorBoard: files in WORKDIR/tensorboard."""
 
 import os
 import socket
@@ -12,21 +12,25 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from lmboost.run import lines
+from lmboost.run.trackers.tracker import About, Tracker
 
 
-class Events:
-    """A file of TensorBoard's, with the numbers of a step in one record.
+class TensorBoard(Tracker):
+    """A file of TensorBoard's, with the numbers of a step in one record. A full disk does as to `lines.Appender`.
 
     tensorboardX's own writer is left out: its thread dies on a full disk, and its callers then wait for ever.
+
+    Raises an OSError where the file cannot be made.
     """
 
-    def __init__(self, directory: str, resume_step: int):
-        os.makedirs(directory, exist_ok=True)
+    def __init__(self, about: About, directory: str, start: int, id: str = ""):
+        self.where = os.path.join(directory, "tensorboard")
+        os.makedirs(self.where, exist_ok=True)
         now = time.time_ns()  # named by the second alone, a quick restart would go on in the same file
-        name = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
-        self._file = lines.Appender(os.path.join(directory, name))
+        self.id = f"events.out.tfevents.{now // 10**9}.{socket.gethostname()}.{now}"
+        self._file = lines.Appender(os.path.join(self.where, self.id))
         self._append(Event(file_version="brain.Event:2"))
-        purge = resume_step + 1 if resume_step else 0  # from this step on, TensorBoard hides what earlier files hold
+        purge = start + 1 if start else 0  # from this step on, TensorBoard hides what earlier files hold
         self._append(Event(step=purge, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -34,9 +38,10 @@ class Events:
         self._append(Event(step=step, summary=Summary(value=numbers)))
 
     def check(self) -> None:
+        """See `lines.Appender.check`."""
         self._file.check()
 
-    def close(self) -> None:
+    def close(self, whole: bool = False) -> None:
         self._file.close()
 
     def _append(self, event: Event) -> None:
