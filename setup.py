@@ -25,6 +25,7 @@ setup(
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.
         "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10", "qwix>=0.1.8"],
         "eval": ["lm-eval>=0.4.10"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.28"],
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
         "test": [
             "pytest",
