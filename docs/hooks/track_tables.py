@@ -1,6 +1,6 @@
 """Tables of the track in pages, made of its results: a figure stands once, and pages cannot fall behind.
 
-    PYTHONPATH=. python docs/hooks/track_tables.py       # writes the tables into the pages anew
+    python docs/hooks/track_tables.py       # writes the tables into the pages anew
 
 A page says which arms it shows, and in which words:
 

@@ -49,7 +49,9 @@ def made() -> dict[str, Made]:
     pages["measured/index.md"] = Made("benchmarks", _measured_index(copies))
     pages["reference/config.md"] = Made("lmboost/config.py", config_reference.page())
     pages["reference/recipes.md"] = Made("configs", _recipes())
-    return pages | {f"reference/{name}": Made("", text) for name, text in code_reference.pages().items()}
+    folders = {"code.md": "lmboost"}
+    code = code_reference.pages().items()
+    return pages | {f"reference/{name}": Made(folders.get(name, ""), text) for name, text in code}
 
 
 def _content(path: pathlib.Path) -> str | bytes:
