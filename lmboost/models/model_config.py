@@ -23,6 +23,12 @@ NORM_PLACEMENTS = ("pre", "post", "both")
 REMATS = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 QUANTIZED = ("none", "int8", "float8")
+# The words that a field can be.
+CHOICES = {
+    "norm": NORMS, "position": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS, "norm_placement": NORM_PLACEMENTS,
+    "remat": REMATS, "dtype": DTYPES, "quantize": QUANTIZED, "attention": attention.IMPLEMENTATIONS,
+    "rope_scaling": ROPE_SCALINGS,
+}  # fmt: skip
 # Sizes, and the most that they can be: what an array can have, but of layers less, since each has its place in memory
 # before anything else of the model has.
 MAX_LAYERS = 10_000
@@ -231,10 +237,7 @@ class ModelConfig:
         return attn + mlp + self.norms_per_layer * (2 if self.norm == "layernorm" else 1) * self.d_model
 
     def validate(self, field: str = "model") -> "ModelConfig":
-        choices = {"norm": NORMS, "position": POSITIONS, "mlp": MLPS, "qk_norm": QK_NORMS}
-        choices |= {"norm_placement": NORM_PLACEMENTS, "remat": REMATS, "dtype": DTYPES, "quantize": QUANTIZED}
-        choices |= {"attention": attention.IMPLEMENTATIONS, "rope_scaling": ROPE_SCALINGS}
-        for name, known in choices.items():
+        for name, known in CHOICES.items():
             one_of(f"{field}.{name}", getattr(self, name), known)
         for name, most in _MOST.items():
             least = 0 if name == "num_layers" else 1  # a model without layers is what the shallowest ones grow from
