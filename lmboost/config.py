@@ -16,6 +16,7 @@ from typing import Any, get_args
 from absl import flags
 from ml_collections import ConfigDict, FieldReference, config_flags
 
+from lmboost import shipped
 from lmboost.errors import UserError, nearest, one_of
 from lmboost.models.model_config import ModelConfig
 
@@ -298,10 +299,9 @@ def modern(name: str) -> str:
 
 
 def load_recipe(recipe: str) -> ConfigDict:
-    """The config tree of "FILE.py[:VARIANT]"; raises a UserError where it does not load."""
+    """The config tree of "FILE.py[:VARIANT]", a file or a recipe of ours; a UserError where it does not load."""
     path, _, variant = os.path.expanduser(recipe).partition(":")
-    if not os.path.isfile(path):
-        raise UserError(f"--config={recipe}: there is no file {path!r}.")
+    path = shipped.recipe(path, f"--config={recipe}")
     try:
         module = load_module(path)
         tree = module.get_config(variant) if variant else module.get_config()

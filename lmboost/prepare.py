@@ -1,4 +1,7 @@
-"""Text to token records: `python -m lmboost.prepare --source='corpus/**/*.txt' --tokenizer=train:8192 --out=DIR`."""
+"""Makes token records of text.
+
+python -m lmboost.prepare --source='corpus/**/*.txt' --tokenizer=train:8192 --out=DIR
+"""
 
 import argparse
 import os

@@ -28,6 +28,19 @@ def find_target(out: str) -> pathlib.Path:
     return target
 
 
+def find_file(out: str) -> pathlib.Path:
+    """The file that `--out=KIND:FILE` names, to be made, in a directory that is there."""
+    path = out.partition(":")[2]
+    target = pathlib.Path(os.path.expanduser(path)).resolve()
+    if not path or "://" in path or target.is_dir():
+        raise UserError(f"--out={out!r}: expected the name of a local file after {out.partition(':')[0]}:")
+    if os.path.lexists(target):
+        raise UserError(f"--out={out!r} exists: choose another name, or remove it.")
+    if not target.parent.is_dir():
+        raise UserError(f"--out={out!r}: there is no directory {target.parent}: make it first.")
+    return target
+
+
 @contextlib.contextmanager
 def whole(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """The name of a directory to make and fill, which becomes `target` at the end; after an error nothing is left.

@@ -12,7 +12,8 @@ import pytest
 
 from lmboost import checkpoint, convert, evaluate, train
 from lmboost.errors import UserError
-from lmboost.hf import reader
+from lmboost.hf import card, reader
+from lmboost.run import metrics
 from tests import hub, runs
 from tests.compare import assert_same
 
@@ -57,6 +58,43 @@ def test_a_run_is_written_without_what_only_training_needs(workdir, published):
     params["embed"]["embedding"] = params["embed"]["embedding"][:320]
     params["head"] = params["head"][:, :320]
     assert_same(load(f"hf:{published}"), params)
+
+
+def front_matter(card):
+    """The YAML in front of a card."""
+    return dict(line.split(": ", 1) for line in card.split("---\n")[1].splitlines())
+
+
+def test_the_card_says_what_the_run_was(home, workdir, published):
+    card = (published / "README.md").read_text()
+    assert front_matter(card) == {
+        "library_name": '"transformers"', "pipeline_tag": '"text-generation"', "tags": '["lmboost"]',
+    }  # fmt: skip
+    manifest = json.loads((workdir / "manifest.json").read_text())
+    last = [line for line in metrics.read(str(workdir)) if "val_loss" in line][-1]
+    for row in (
+        "| start | random parameters |", f"| training data | `{manifest['data']['train']}` |", "| tokens | 512 |",
+        f"| validation loss | {last['val_loss']:.4f} on `{manifest['data']['fingerprint']}` |",
+    ):  # fmt: skip
+        assert row in card, row
+    assert "| teacher" not in card and "recipe" not in front_matter(card)
+
+
+def test_the_card_names_teacher_start_and_recipe_and_an_unfinished_run():
+    hub_cache = "/home/me/hub/models--owner--small/snapshots/0123"
+    config = {"steps": 40, "batch_size": 8, "seq_len": 32, "init": {"path": f"hf:{hub_cache}", "kind": "copy"}}
+    manifest = {
+        "config": config, "data": {"train": "a1", "tokenizer": None}, "command": ["-m", "--config=my/r.py:tiny"],
+        "teacher": {"directory": "/runs/helper/checkpoints/8"}, "scorer": None,
+    }  # fmt: skip
+    text = card.text("LlamaForCausalLM", hub.LLAMA, manifest, {"step": 10, "tokens": 1e6, "flops": 2e9}, "mit")
+    assert front_matter(text)["license"] == '"mit"' and front_matter(text)["base_model"] == '"owner/small"'
+    for words in (
+        "for 10 of 40 steps", "with the help of a teacher", "| recipe | `r.py:tiny` |", "| teacher | `helper` |",
+        "| start | `owner/small`, copy |", "| tokens | 1,000,000 |", "| FLOPs | 2e+09 |",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "/home" not in text and "/runs" not in text and "validation loss" not in text
 
 
 def test_there_and_back_it_is_a_checkpoint(home, workdir, published):

@@ -30,7 +30,7 @@ _KEPT = (
     "truncation_side", "clean_up_tokenization_spaces",
 )  # fmt: skip
 _MARK = "\u2581"  # SentencePiece's space
-_SPLIT_OF_QWEN = (
+SPLIT_OF_QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _OF_QWEN = {  # of its tokenizer.json, all that decides about ids but vocabulary and merges
@@ -38,7 +38,7 @@ _OF_QWEN = {  # of its tokenizer.json, all that decides about ids but vocabulary
     "pre_tokenizer": {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": _SPLIT_OF_QWEN}, "behavior": "Isolated", "invert": False},
+            {"type": "Split", "pattern": {"Regex": SPLIT_OF_QWEN}, "behavior": "Isolated", "invert": False},
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ],
     },

@@ -1,10 +1,8 @@
 """A model of ours as a Hugging Face Hub directory that the transformers library loads."""
 
 import dataclasses
-import json
 import pathlib
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,31 +11,13 @@ import jax.numpy as jnp
 from lmboost import sharding
 from lmboost.data.tokenizer import Tokenizer
 from lmboost.errors import UserError
-from lmboost.hf import files, tokenizer_files, weights
+from lmboost.hf import card, files, tokenizer_files, weights
 from lmboost.hf.families import FAMILIES, QWEN2
 from lmboost.hf.family import Family
 from lmboost.models.model_config import ModelConfig
 from lmboost.surgery import widen
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
-_PLACES = re.compile(r"[^\s=,:'\"]*/(?=[^/\s=,'\"])")  # of a path, all before its last part
-_CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags:
-- lmboost
----
-
-# {title}
-
-{text}
-
-Its manifest:
-
-```json
-{manifest}
-```
-"""
 
 
 def export(
@@ -48,19 +28,18 @@ def export(
     tokenizer: Tokenizer,
     dtype: str = "float32",
     max_shard_bytes: int = 5 * 10**9,
+    trained: Mapping[str, float] | None = None,
+    license: str = "",
 ) -> list[str]:
     """Writes config.json, safetensors, tokenizer, generation_config.json and a model card into an empty directory.
 
     Padded rows of the vocabulary are left out; layers of unequal sizes are filled up with zeros to equal ones, and so
     are heads that do not make up the width where they must. Returns a line that says what was written. Raises a
     UserError where no architecture of transformers computes what the model does. Of several that do it is the one that
-    the model was read from, as `manifest` says.
+    the model was read from, as `manifest` says. `trained` and `license` are for the card, see `card.text`.
     """
     family = family_of(model, manifest.get("source", {}).get("architecture", ""))
-    wide = widen.wide_config(model, family.heads)
-    if wide != model:
-        params = jax.jit(lambda params: widen.widen(model, params, wide))(params)
-        model = wide
+    model, params = widened(model, params, family)
     if family is QWEN2 and not tokenizer_files.is_qwen(tokenizer):
         # AutoTokenizer would split texts for a Qwen2 model as Qwen does, whatever its files say.
         model = dataclasses.replace(model, attn_out_bias=True)
@@ -76,26 +55,42 @@ def export(
     ends = tokenizer.special.stop_ids
     special |= {"eos_token_id": list(ends)} if len(ends) > 1 else {}
     files.write_json(directory / "generation_config.json", {k: v for k, v in special.items() if v is not None})
-    (directory / "README.md").write_text(_card(family, model, manifest), encoding="utf-8")
+    about = card.text(family.architecture, model, manifest, trained or {}, license)
+    (directory / "README.md").write_text(about, encoding="utf-8")
     return [f"{family.architecture}, {model.num_params():,} parameters in {dtype}, {len(entries)} tensors"]
 
 
-def family_of(model: ModelConfig, origin: str = "") -> Family:
+def widened(model: ModelConfig, params: Mapping[str, Any], family: Family) -> tuple[ModelConfig, Mapping[str, Any]]:
+    """(model, params) with layers of equal sizes, and as many heads as the family must have: filled up with zeros."""
+    wide = widen.wide_config(model, family.heads)
+    if wide == model:
+        return model, params
+    return wide, jax.jit(lambda params: widen.widen(model, params, wide))(params)
+
+
+def family_of(
+    model: ModelConfig,
+    origin: str = "",
+    families: Sequence[Family] = FAMILIES,
+    lacks: Callable[[Family, ModelConfig], Sequence[str]] = lambda family, model: (),
+    library: str = "transformers",
+) -> Family:
     """The architecture that a model is written as; a UserError says which switches or sizes stand in the way.
 
     origin: the architecture that is asked first.
+    families, lacks: those to choose from for `library`, and what it lacks of one besides, worded as misfits are.
     """
     if not model.num_layers:
         raise UserError("the model has no layers, and transformers none like it: let it grow (init.grow) first.")
     equal = widen.wide_config(model)
-    misfits = {family.architecture: family.misfits(equal) for family in FAMILIES}
-    for family in sorted(FAMILIES, key=lambda family: family.architecture != origin):
+    misfits = {family.architecture: [*family.misfits(equal), *lacks(family, equal)] for family in families}
+    for family in sorted(families, key=lambda family: family.architecture != origin):
         if not misfits[family.architecture]:
             widen.wide_config(model, family.heads)  # raises where zeros can't fill it up
             return family
     nearest = min(misfits, key=lambda name: len(misfits[name]))
     raise UserError(
-        f"no architecture of transformers that lmboost writes computes what this model does. {nearest} would, but for "
+        f"no architecture of {library} that lmboost writes computes what this model does. {nearest} would, but for "
         f"{', '.join(misfits[nearest])}."
     )
 
@@ -106,31 +101,3 @@ def _with_zero_bias(params: Mapping[str, Any]) -> dict[str, Any]:
     kernel = layers["attn"]["o"]["kernel"]
     o = layers["attn"]["o"] | {"bias": jnp.zeros((kernel.shape[0], kernel.shape[-1]), kernel.dtype)}
     return params | {"layers": layers | {"attn": layers["attn"] | {"o": o}}}
-
-
-def _card(family: Family, model: ModelConfig, manifest: Mapping[str, Any]) -> str:
-    """README.md: what the model is, and the manifest of the run that made it."""
-    lines = [
-        f"{model.num_layers} layers of width {model.d_model}, {model.num_heads} heads ({model.num_kv_heads} of keys "
-        f"and values), MLPs of {model.mlp_dim}, a vocabulary of {model.vocab_size:,}. Written by `lmboost.convert`."
-    ]
-    if config := manifest.get("config"):
-        helpers = [f"a {name}" for name in ("teacher", "scorer") if manifest.get(name)]
-        lines.append(
-            f"Pretrained with lmboost for {config['steps']:,} steps of {config['batch_size']:,} rows of "
-            f"{config['seq_len']:,} tokens, {'with the help of ' + ' and '.join(helpers) if helpers else 'alone'}."
-        )
-    return _CARD.format(
-        title=f"{family.architecture}, {model.num_params():,} parameters",
-        text="\n".join(lines),
-        manifest=json.dumps(_without_places(manifest), indent=1, sort_keys=True),
-    )
-
-
-def _without_places(value: Any) -> Any:
-    """A manifest to be published: of each path in it the last part alone."""
-    if isinstance(value, Mapping):
-        return {key: x if key == "layer_sizes" else _without_places(x) for key, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_places(x) for x in value]
-    return _PLACES.sub("", value) if isinstance(value, str) else value

@@ -16,6 +16,7 @@ from lmboost import checkpoint, sharding  # noqa: E402
 from lmboost.data import tokenizer as tokenizer_lib  # noqa: E402
 from lmboost.hf import config_json, reader, tokenizer_files, weights, writer  # noqa: E402
 from tests import hub  # noqa: E402
+from tests.hf.test_config_json import FITS  # noqa: E402
 
 pytestmark = pytest.mark.peers
 IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
@@ -311,3 +312,17 @@ def test_autotokenizer_reads_a_sentencepiece_model_as_it_is(name, tmp_path):
     assert (read.bos_token_id, read.eos_token_id, len(read)) == (trained.bos_id, trained.eos_id, hub.VOCAB)
     config = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert (config.bos_token_id, config.eos_token_id) == (trained.bos_id, trained.eos_id)
+
+
+# Read by name, by transformers' models and other programs, though its newest classes have no default for them.
+WITHOUT_DEFAULT = {"head_dim", "partial_rotary_factor", "rope_theta", "rope_scaling", "rope_local_base_freq"}
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_every_key_of_a_config_json_is_one_that_its_class_has(name, tmp_path):
+    """So whatever reads transformers' configs reads ours, without code of ours."""
+    hub.write_config(tmp_path, dataclasses.replace(hub.LLAMA, **FITS[name]))
+    keys = json.loads((tmp_path / "config.json").read_text())
+    known = transformers.AutoConfig.for_model(keys["model_type"]).to_dict()
+    assert {*keys} <= {*known} | WITHOUT_DEFAULT and "auto_map" not in keys
+    assert keys["architectures"] == [name] and hasattr(transformers, name)

@@ -38,6 +38,7 @@ def test_shellcheck_has_nothing_to_say(script, stand_ins):
         ([*TPU, "up", "tpu", *VM, "--config=configs/none.py", RUN[1]], "no such file"),
         ([*TPU, "up", "tpu", *VM, *RUN, "--slices=two"], "'two'"),
         ([*TPU, "up", "tpu", *VM, *RUN, "--source=main"], "--source=main"),
+        ([*TPU, "up", "tpu", *VM, *RUN, "--source=none.whl"], "--source=none.whl: no such file"),
         ([*TPU, "up", "tpu", *VM, *RUN, "--traceback"], "flag '--traceback' is not known"),
         ([*GKE], "verb ''"),
         ([*GKE, "apply", "x"], "verb 'apply'"),
@@ -79,9 +80,8 @@ def test_image_has_what_it_needs_and_python_gets_the_signals():
     lines = [line.split() for line in (LAUNCH / "Dockerfile").read_text().splitlines()]
     let_through = {line[1:] for line in (LAUNCH.parent / ".dockerignore").read_text().splitlines() if line[0] == "!"}
     copied = {source for line in lines if line[:1] == ["COPY"] for source in line[1:-1]}
-    assert (
-        copied == let_through == {"lmboost", "configs", "setup.py", "pyproject.toml", "README.md", "requirements.txt"}
-    )
+    folders = {"lmboost", "configs", "launch", "constraints"}
+    assert copied == let_through == folders | {"setup.py", "pyproject.toml", "README.md", "requirements.txt"}
     assert all((LAUNCH.parent / source).exists() for source in copied)
     (entry,) = (" ".join(line[1:]) for line in lines if line[:1] == ["ENTRYPOINT"])
     assert json.loads(entry) == ["python", "-m", "lmboost.train"]  # no shell in between

@@ -52,7 +52,7 @@ CREATE = resource(
 )
 DELETE = resource("delete", "--force")
 ARCHIVE = f"{ROOT}/build/tpu/lmboost.tgz"
-PACK = ["tar", "-czf", ARCHIVE, "-C", str(ROOT), "--exclude=__pycache__", "lmboost", "configs"]
+PACK = ["tar", "-czf", ARCHIVE, "-C", str(ROOT), "--exclude=__pycache__", "lmboost", "configs", "launch"]
 PACK += ["requirements.txt", "setup.py", "pyproject.toml", "README.md"]
 COPY = ["gcloud", "compute", "tpus", "queued-resources", "scp", str(WORKER), ARCHIVE, "tpu:"]
 COPY += place("--node=all", "--worker=all")
@@ -103,6 +103,15 @@ def test_other_shapes_of_it(stand_ins):
     assert all("--tunnel-through-iap" in call for call in calls if "ssh" in call or "scp" in call)
     assert not any(call[0] == "tar" or "delete" in call for call in calls)
     assert "tpu costs until" in result.stderr
+
+
+def test_a_wheel_is_copied_in_place_of_the_checkout(stand_ins):
+    answers(stand_ins, {})
+    wheel = stand_ins.home / "lmboost-1-py3-none-any.whl"
+    wheel.touch()
+    assert stand_ins.run("bash", TPU_VM, *UP, f"--source={wheel}").returncode == 0
+    copied = [*COPY[:6], str(wheel), *COPY[7:]]
+    assert stand_ins.calls()[4:7] == [copied, ssh("all", f"install {wheel.name}"), LIST]
 
 
 def test_a_preempted_resource_is_deleted_created_and_the_run_goes_on(stand_ins):
@@ -356,6 +365,16 @@ def test_install_from_an_archive_and_from_a_repository(vm):
     vm.do("install", f"{source}@v1")
     assert sorted(p.name for p in (vm.home / "lmboost" / "configs").iterdir()) == ["mine.py"]
     assert (vm.home / "installed").read_text().splitlines()[1].endswith("uv venv --quiet --python 3.12 .venv")
+
+
+def test_install_of_a_wheel(vm):
+    vm.stand_ins.write("python3", "#!/bin/bash\nmkdir -p ~/.local/bin; ln -sf ~/bin/uv ~/.local/bin/uv\n")
+    vm.stand_ins.write("uv", '#!/bin/bash\necho "$PWD uv $*" >>~/installed\n')
+    vm.do("install", "lmboost-1-py3-none-any.whl")
+    (pip,) = (vm.home / "installed").read_text().splitlines()  # the environment that was there is kept
+    wheel = f"lmboost[tpu,gcs] @ file://{vm.home}/lmboost-1-py3-none-any.whl"
+    assert pip.endswith(f"uv pip install --quiet --python .venv/bin/python --reinstall-package lmboost {wheel}")
+    assert [path.name for path in (vm.home / "lmboost").iterdir()] == [".venv"]
 
 
 def test_setup_runs_a_command_of_any_words(vm):
