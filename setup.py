@@ -20,6 +20,7 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
         "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
+        "beam": ["apache-beam>=2.70"],  # prepare --runner; protobuf 6, pyarrow 25
         "notebook": ["ipykernel"],
         "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.
