@@ -8,7 +8,9 @@ import os
 import pathlib
 import re
 import secrets
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
+from concurrent import futures
 
 import fsspec
 from etils import epath
@@ -18,6 +20,11 @@ from lmboost.errors import UserError
 SCHEME = "gs://"
 # What TensorStore reads as a pattern or as another store, so that a checkpoint is written and not found again.
 _UNREADABLE = re.compile(r"\[.*\]|\\|[a-z][a-z0-9+.-]*:(?:/|$)", re.IGNORECASE | re.DOTALL)
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether it is a place in a bucket."""
+    return "://" in os.fspath(path)
 
 
 def find(path: str, field: str = "--workdir") -> epath.Path:
@@ -72,7 +79,7 @@ def refuse_links(directory: epath.Path, field: str) -> None:
 
     The directory itself may be one. A link that a user has made on purpose can be a mount, or the whole directory.
     """
-    if "://" in os.fspath(directory) or not os.path.isdir(directory):
+    if is_remote(directory) or not os.path.isdir(directory):
         return
     with os.scandir(directory) as entries:
         for entry in entries:
@@ -130,7 +137,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[epath.Path]:
     writes a file of its own beside it, whose name ends in .tmp. In a bucket an object is whole or not there by itself.
     """
     path = epath.Path(path)
-    if "://" in os.fspath(path):
+    if is_remote(path):
         yield path
         return
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
@@ -145,6 +152,67 @@ def whole_file(path: str | os.PathLike) -> Iterator[epath.Path]:
         partial.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def local_file(path: str | os.PathLike) -> Iterator[os.PathLike]:
+    """As `whole_file`, for libraries that write local files only: an object of a bucket is sent when it is whole."""
+    if not is_remote(path):
+        with whole_file(path) as partial:
+            yield partial
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        local = pathlib.Path(directory, epath.Path(path).name)
+        yield local
+        _send(local, epath.Path(path))
+
+
+@contextlib.contextmanager
+def staged(directory: os.PathLike) -> Iterator[pathlib.Path]:
+    """A local directory whose files come to be in `directory`: itself, or one that is sent to a bucket at the end."""
+    if not is_remote(directory):
+        yield pathlib.Path(directory)
+        return
+    with tempfile.TemporaryDirectory() as local:
+        yield pathlib.Path(local)
+        for path in sorted(path for path in pathlib.Path(local).rglob("*") if path.is_file()):
+            _send(path, epath.Path(directory) / path.relative_to(local).as_posix())
+
+
+@contextlib.contextmanager
+def local_copy(directory: os.PathLike) -> Iterator[pathlib.Path]:
+    """A local directory with the files of `directory`, which has no others in it: itself, or what a bucket has."""
+    if not is_remote(directory):
+        yield pathlib.Path(directory)
+        return
+    with tempfile.TemporaryDirectory() as local:
+        for path in epath.Path(directory).iterdir():
+            pathlib.Path(local, path.name).write_bytes(path.read_bytes())
+        yield pathlib.Path(local)
+
+
+def _send(local: pathlib.Path, path: epath.Path) -> None:
+    store, name = fsspec.core.url_to_fs(os.fspath(path))
+    store.put_file(os.fspath(local), name)
+
+
+def move(pairs: Iterable[tuple[os.PathLike, os.PathLike]]) -> None:
+    """Gives files other names in the same file system or bucket; those that are gone by now have theirs already."""
+
+    def one(pair: tuple[os.PathLike, os.PathLike]) -> None:
+        source, target = map(epath.Path, pair)
+        if not is_remote(source) and source.is_file():
+            os.replace(source, target)
+        elif source.exists():
+            source.replace(target)
+
+    pairs = list(pairs)
+    if pairs and is_remote(pairs[0][0]):  # each is a request, or several
+        with futures.ThreadPoolExecutor(32) as pool:
+            list(pool.map(one, pairs))
+    else:
+        for pair in pairs:
+            one(pair)
+
+
 def write(path: str | os.PathLike, content: str | bytes) -> None:
     """Writes a file whole; where a link is in its place it is replaced, not followed."""
     with whole_file(path) as partial:
@@ -153,7 +221,7 @@ def write(path: str | os.PathLike, content: str | bytes) -> None:
 
 def create(path: epath.Path, content: bytes) -> None:
     """Makes a file that is not there yet, not even as a link; a FileExistsError where it is. In a bucket, too."""
-    if "://" not in os.fspath(path):
+    if not is_remote(path):
         with open(path, "xb") as file:
             file.write(content)
         return

@@ -40,6 +40,9 @@ def main() -> None:
     add("--shards", type=int, default=0, help="files of the train split; 0 chooses by size (%(default)s)")
     add("--strict", action="store_true", help="invalid UTF-8 is an error instead of U+FFFD")
     add("--max_document_bytes", type=int, default=MAX_DOCUMENT_BYTES, help="a longer one is an error (%(default)s)")
+    runner = "who does the work: this machine (%(default)s), or a runner of Apache Beam, which may be a cluster"
+    add("--runner", default="local", metavar="{" + ",".join(prepare.RUNNERS) + "}", help=runner)
+    add("--beam_options", default="", help="the runner's own flags, in quotes: '--direct_num_workers=2 ...'")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--workers", type=int, default=cores, help="processes (%(default)s)")
     run_flags(_prepare, parser)

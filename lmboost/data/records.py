@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import zstandard
 from array_record.python import array_record_module
+from etils import epath
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from lmboost import places, strict_json
@@ -130,7 +131,7 @@ def parse(serialized: bytes) -> Record:
 def write_shard(path: pathlib.Path, documents: Sequence[np.ndarray], text_bytes: int, record_tokens: int) -> Shard:
     """Writes `documents` as a shard at `path`, whole or not at all."""
     digest, records = hashlib.sha256(), 0
-    with places.whole_file(path) as partial:
+    with places.local_file(path) as partial:
         writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1,zstd:3")
         for record in cut(documents, record_tokens):
             serialized = serialize(record)
@@ -138,6 +139,7 @@ def write_shard(path: pathlib.Path, documents: Sequence[np.ndarray], text_bytes:
             writer.write(serialized)
             records += 1
         writer.close()
+        file_bytes = os.path.getsize(partial)
     return Shard(
         file=path.name,
         records=records,
@@ -146,7 +148,7 @@ def write_shard(path: pathlib.Path, documents: Sequence[np.ndarray], text_bytes:
         tokens=sum(map(len, documents)) - len(documents),
         bytes=text_bytes,
         digest=digest.hexdigest(),
-        file_bytes=path.stat().st_size,
+        file_bytes=file_bytes,
     )
 
 
@@ -211,7 +213,7 @@ def bucket_of(key: bytes, validation_fraction: float, train: int, validation: in
 def write_run(path: pathlib.Path, buckets: Sequence[Sequence[bytes]]) -> list[int]:
     """Writes the documents of each bucket, the buckets one after the other; returns where each begins, and the end."""
     offsets = [0]
-    with places.whole_file(path) as partial, open(partial, "wb") as file:
+    with places.whole_file(path) as partial, partial.open("wb") as file:
         for bucket in buckets:
             if bucket:
                 file.write(zstandard.compress(b"".join(struct.pack("<Q", len(raw)) + raw for raw in bucket), 1))
@@ -223,7 +225,7 @@ def read_run(path: pathlib.Path, start: int, stop: int) -> list[bytes]:
     """The documents of the bucket at [start, stop) of a file made by `write_run`."""
     if start == stop:
         return []
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         file.seek(start)
         packed = zstandard.decompress(file.read(stop - start))
     documents, at = [], 0
@@ -242,9 +244,9 @@ def write_json(path: pathlib.Path, content: object) -> None:
 
 def read_manifest(directory: str | os.PathLike) -> dict:
     """The manifest of a prepared data set; anything else is a UserError."""
-    path = pathlib.Path(directory) / MANIFEST
+    path = epath.Path(directory) / MANIFEST
     if not path.is_file():
-        partial = pathlib.Path(f"{pathlib.Path(directory)}.partial")
+        partial = epath.Path(f"{epath.Path(directory)}.partial")
         hint = f" Preparation has not finished: {partial} exists, run its prepare command again."
         raise UserError(
             f"data {str(directory)!r} is not a prepared data set: no {path}.{hint if partial.is_dir() else ''} "

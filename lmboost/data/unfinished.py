@@ -7,14 +7,15 @@ import contextlib
 import fcntl
 import pathlib
 import re
-import shutil
 from collections.abc import Iterator
+
+from etils import epath
 
 from lmboost import places, strict_json
 from lmboost.errors import UserError
 
 PLAN = "plan.json"  # written first, and removed last
-_MADE = re.compile(r"spread|shards|tokenizer|out|lock|plan\.json(\..*\.tmp)?")
+_MADE = re.compile(r"spread|shards|tokenizer|out|lock(\.\d+)?|refused\.json|plan\.json(\..*\.tmp)?")
 
 
 @contextlib.contextmanager
@@ -25,10 +26,13 @@ def locked(partial: pathlib.Path, made: re.Pattern = _MADE, verb: str = "prepare
       made: the names of what the verb makes in it; anything else is a UserError.
     """
     partial.mkdir(parents=True, exist_ok=True)
+    if places.is_remote(partial):  # where there are no such locks, see the verb
+        _refuse_others(partial, made, verb)
+        yield
+        return
     if partial.is_symlink():
         raise UserError(f"{partial} is a link: remove it, or choose another --out.")
-    if others := sorted(path.name for path in partial.iterdir() if not _is_ours(path, made)):
-        raise UserError(f"{partial} holds {others[0]!r}, which is not {verb}'s: move it away, or choose another --out.")
+    _refuse_others(partial, made, verb)
     places.refuse_links(partial, "--out")
     with open(partial / "lock", "a") as lock:
         try:
@@ -40,6 +44,12 @@ def locked(partial: pathlib.Path, made: re.Pattern = _MADE, verb: str = "prepare
         yield
 
 
+def _refuse_others(partial: pathlib.Path, made: re.Pattern, verb: str) -> None:
+    there = partial.iterdir() if partial.exists() else ()  # in a bucket there is no empty directory
+    if others := sorted(path.name for path in there if not _is_ours(path, made)):
+        raise UserError(f"{partial} holds {others[0]!r}, which is not {verb}'s: move it away, or choose another --out.")
+
+
 def _is_ours(path: pathlib.Path, made: re.Pattern = _MADE) -> bool:
     there = (path.parent / PLAN).exists() or not path.is_dir() or not any(path.iterdir())
     return there and bool(made.fullmatch(path.name))
@@ -47,9 +57,10 @@ def _is_ours(path: pathlib.Path, made: re.Pattern = _MADE) -> bool:
 
 def empty(partial: pathlib.Path) -> None:
     """Removes what was made in `partial`, but for the lock."""
-    ours = [path for path in partial.iterdir() if path.name != "lock" and _is_ours(path)]
+    there = partial.iterdir() if partial.exists() else ()
+    ours = [path for path in there if not path.name.startswith("lock") and _is_ours(path)]
     for path in sorted(ours, key=lambda path: path.name == PLAN):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        epath.Path(path).rmtree() if path.is_dir() else path.unlink()
 
 
 def clear(partial: pathlib.Path) -> None:
@@ -57,6 +68,8 @@ def clear(partial: pathlib.Path) -> None:
     if not partial.exists():
         return
     empty(partial)
+    if places.is_remote(partial):
+        return  # the lock is the verb's
     (partial / "lock").unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it is not there, or somebody has put something into it
         partial.rmdir()

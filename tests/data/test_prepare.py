@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import tokenizers
 
+from lmboost.data import buckets, local, records, unfinished
 from lmboost.data import prepare as prepare_lib
-from lmboost.data import records, unfinished
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.errors import UserError
 from tests.compare import content
@@ -87,8 +87,8 @@ def test_content_depends_on_documents_and_arguments_only(tmp_path, prepared, cor
 
 
 def test_memory_bound_changes_nothing(tmp_path, prepared, corpus, arguments, monkeypatch):
-    monkeypatch.setattr(prepare_lib, "_RUN_BYTES", 5_000)
-    monkeypatch.setattr(prepare_lib, "_BATCH_BYTES", 3_000)
+    monkeypatch.setattr(local, "_RUN_BYTES", 5_000)
+    monkeypatch.setattr(buckets, "_BATCH_BYTES", 3_000)
     monkeypatch.setattr(prepare_lib.sources, "_UNIT_FILES", 17)
     quiet(tmp_path / "data", corpus, **arguments)
     assert content(tmp_path / "data") == content(prepared)
@@ -397,7 +397,7 @@ def begin_and_wait(connection):
 
 
 def _worker():
-    prepare_lib._begin_worker()
+    local._begin_worker()
     wait_for_ever()
 
 
