@@ -38,6 +38,7 @@ class Tokenizer(abc.ABC):
 
     Attributes:
       kind: "sentencepiece" or "huggingface".
+      encoder: the library that makes ids of texts.
       path: the model file.
       vocab_size: number of ids; every id is in [0, vocab_size).
       special: the ids of the begin and end of a document, where they were found, and those that end generation.
@@ -46,6 +47,7 @@ class Tokenizer(abc.ABC):
     """
 
     kind: str
+    encoder: str
     path: pathlib.Path
     vocab_size: int
     special: special_tokens.Special
@@ -143,7 +145,7 @@ class Tokenizer(abc.ABC):
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model file."""
 
-    kind = "sentencepiece"
+    kind = encoder = "sentencepiece"
 
     def __init__(self, path: str | os.PathLike):
         self.path = pathlib.Path(path)
@@ -242,6 +244,10 @@ class HuggingFaceTokenizer(Tokenizer):
             self._model.encode_special_tokens = True
         else:
             super()._copy(target)
+
+    @property
+    def encoder(self) -> str:
+        return "fastokens" if self._fast else "tokenizers"
 
     @functools.cached_property
     def _fast(self) -> fast_bpe.FastBpe | None:
