@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from lmboost import config as configs
 from lmboost import optimizers, plan, sharding
 from lmboost.data import windows
+from lmboost.data.retokenize import Retokenizer
 from lmboost.data.scored import Parts
 from lmboost.errors import UserError
 from lmboost.models import transformer
@@ -37,14 +38,19 @@ def teacher_of(c: ConfigDict, recipe: str, named: str = "") -> ModelConfig | Non
 
 
 def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> plan.Plan:
-    """The plan of a run on TPUs, without data or checkpoints: no program depends on them. The teacher scores, too."""
+    """The plan of a run on TPUs, without data or checkpoints: no program depends on them. The teacher scores, too.
+
+    With `teacher.seq_len` it has another tokenizer, and rows of so many tokens.
+    """
     plan.check_numbers(c, num_devices)
     student, helper = ModelConfig(**c.model).fit(c.seq_len, "tpu"), None
     if teacher:
         model = dataclasses.replace(
             teacher, dtype=c.teacher.dtype, quantize=quantized(c), remat="none", attention="auto"
         )
-        helper = Helper(None, model.fit(c.seq_len, "tpu", "the teacher's model"))
+        own = c.teacher.seq_len
+        retokenizer = Retokenizer("teacher", data="", path="", seq_len=own, scores=True) if own else None
+        helper = Helper(None, model.fit(own or c.seq_len, "tpu", "the teacher's model"), retokenizer)
     return plan.outline(c, student, helper, helper)
 
 
@@ -73,6 +79,9 @@ def lower(c: ConfigDict, run: plan.Plan, mesh: Mesh, span: terms.Span, known: Pa
             shapes = {k: jax.ShapeDtypeStruct(shape, "float32", sharding=everywhere) for k, shape in bases.items()}
             helpers = {"targets": shapes}
         said = known and known.like(1, terms.groups(run.objective, span.helps))
-        batch = sharding.batch_like(windows.batch_of([], 1, run.seq_len, said), rows, mesh)
+        batch = windows.batch_of([], 1, run.seq_len, said)
+        for retokenizer in () if known else run.retokenizers(span.first):
+            batch |= retokenizer.padded(1, run.seq_len)
+        batch = sharding.batch_like(batch, rows, mesh)
         program = dataclasses.replace(run.program(span.helps), known=known)
         return jit_train_step(program, tx, learning_rate, state).lower(state, helpers, batch)

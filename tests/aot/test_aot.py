@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lmboost import config, flops
+from lmboost import config, flops, sharding
 from lmboost.aot import bill, chips, compiler, hlo, problems, step
 from lmboost.errors import UserError
 from lmboost.models.model_config import ModelConfig
@@ -195,6 +195,15 @@ def programs():
     done = python("-c", PROGRAMS, TPU_MIN_LOG_LEVEL="3")  # what a user may have set must not hide anything
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_a_teacher_of_other_tokens_reads_rows_of_its_own():
+    recipe = "configs/let_1p4b.py:tiny"
+    c = config.load_recipe(recipe)
+    c.teacher.seq_len = 96
+    run = step.make_run(c, step.teacher_of(c, recipe), 8)
+    text = step.lower(c, run, sharding.make_mesh(), run.spans[0]).as_text()
+    assert f"tensor<{c.batch_size}x96xi32>" in text and f"tensor<{c.batch_size}x{c.seq_len}xi32>" in text
 
 
 def test_a_full_rematerialisation_is_seen(programs):
