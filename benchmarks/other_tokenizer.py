@@ -10,6 +10,7 @@ most of it the teacher's forward passes. What is finished is not done again.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -77,13 +78,14 @@ def shared(data: pathlib.Path, hub: pathlib.Path) -> list[str]:
 def speeds(data: pathlib.Path, hub: pathlib.Path, rounds: int) -> list[str]:
     """Lines of the result: what a core reads in a second, with and without the teacher's rows."""
     source, encode = loader.Loader(str(data), "train", TOKENS), bytes_of.load(str(hub)).tokenizer.encode_batch
-    maker = Retokenizer("teacher", source.info.tokenizer_path, str(hub), OWN_TOKENS)
-    own, found = bytes_of.load(maker.data), []
+    whole = Retokenizer("teacher", source.info.tokenizer_path, str(hub), OWN_TOKENS)
+    guide, by_chunks = (dataclasses.replace(whole, asks=frozenset({ask})) for ask in ("index", "chunks"))
+    own, found = bytes_of.load(whole.data), []
     for at in range(rounds + 1):
         spent, first, rows = [], at * BATCHES, range(at * BATCHES * ROWS, (at + 1) * BATCHES * ROWS)
         segments, _ = retokenize.segments_of([source.rows[row] for row in rows], own)
         texts = [retokenize.text_of(raw)[-1] for raw in segments.raw]
-        for makers in ((), (maker,)):
+        for makers in ((), (guide,), (by_chunks,)):
             began = time.process_time()
             for _ in source.batches(lambda step: (step * ROWS, ROWS), first, first + BATCHES, retokenizers=makers):
                 pass
@@ -92,10 +94,11 @@ def speeds(data: pathlib.Path, hub: pathlib.Path, rounds: int) -> list[str]:
         encode(texts)
         spent.append(time.process_time() - began)
         found.append(ROWS * TOKENS * BATCHES / np.array(spent))
-    plain, both, bare = np.median(found[1:], axis=0)  # the first one has read the tokenizers
+    plain, guided, chunked, bare = np.median(found[1:], axis=0)  # the first one has read the tokenizers
     return [
         f"| tokens that a core reads in a second | {plain / 1e6:.2f} million |",
-        f"| the same with the teacher's rows | {both / 1e6:.2f} million |",
+        f"| the same with the teacher's rows for a guide | {guided / 1e6:.2f} million |",
+        f"| the same with its rows and chunks for soft labels | {chunked / 1e6:.2f} million |",
         f"| the same text, by the teacher's tokenizer alone | {bare / 1e6:.2f} million |",
     ]
 

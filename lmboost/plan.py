@@ -106,9 +106,15 @@ class Plan:
         return helper.retokenizer.name if helper and helper.retokenizer else ""
 
     def retokenizers(self, step: int) -> tuple[Retokenizer, ...]:
-        """What makes the rows of other tokenizers that the step reads."""
-        helpers = [self.helpers()[name] for name in sorted(terms.needed(self.span(step).helps))]
-        found = {each.retokenizer.name: each.retokenizer for each in helpers if each.retokenizer}
+        """What makes the rows of other tokenizers that the step reads, no more of them than it asks for."""
+        helps, found = self.span(step).helps, {}
+        watches = self.program(helps).watches
+        of_teacher = {"index": "align" in helps, "chunks": "kd" in helps or watches}
+        asks = {"teacher": {name for name, there in of_teacher.items() if there}, "scorer": {"bytes"}}
+        for name in sorted(terms.needed(helps)):
+            if retokenizer := self.helpers()[name].retokenizer:
+                before = found.get(retokenizer.name, dataclasses.replace(retokenizer, asks=frozenset()))
+                found[retokenizer.name] = dataclasses.replace(before, asks=before.asks | asks[name])
         return tuple(found.values())
 
     def helpers(self) -> dict[str, Helper | None]:
@@ -261,11 +267,10 @@ def _helpers(config: ConfigDict, data: loader.DataInfo, platform: str) -> tuple[
     teacher = scorer = None
     if "scorer" in needed and select.scorer:
         named = ("objective.select.scorer", select.scorer, select.scorer_step)
-        scorer = find(*named, name="scorer", scores=True, own_seq_len=0)
+        scorer = find(*named, name="scorer", own_seq_len=0)
     if "teacher" in needed or ("scorer" in needed and not scorer):
         named = ("teacher.path", config.teacher.path, config.teacher.step)
-        scores = "scorer" in needed and not scorer
-        teacher = find(*named, name="teacher", scores=scores, own_seq_len=config.teacher.seq_len)
+        teacher = find(*named, name="teacher", own_seq_len=config.teacher.seq_len)
     scorer = scorer or (teacher if "scorer" in needed else None)
     return (teacher if "teacher" in needed else None), scorer
 

@@ -52,7 +52,6 @@ def find(
     helps: Iterable[str],
     data: DataInfo,
     name: str,
-    scores: bool,
     seq_len: int,
     own_seq_len: int,
     dtype: str,
@@ -63,7 +62,6 @@ def find(
 
     Args:
       name: "teacher" or "scorer".
-      scores: whether it chooses examples; a teacher may do that, too.
       seq_len: tokens of the data's rows.
       own_seq_len: of its own rows, where its tokenizer is another one than the data's; 0 chooses.
 
@@ -79,7 +77,6 @@ def find(
     retokenizer = None
     if tokenizer := _other_tokenizer(saved, data):
         retokenizer = _retokenizer(saved, data, tokenizer, name, seq_len, own_seq_len)
-        retokenizer = dataclasses.replace(retokenizer, scores=scores)
     elif own_seq_len:
         raise UserError(
             f"teacher.seq_len={own_seq_len}: the model of {field} reads the data's own tokens, in rows of seq_len="

@@ -178,8 +178,8 @@ def make_eval_step(student: ModelConfig, block_tokens: int) -> Callable[[Any, Ba
 
 
 def _rows_of(batch: Batch, name: str) -> Batch:
-    """The rows of this name."""
-    return {key: batch[f"{name}_{key}"] for key in _ROWS} if name else batch
+    """The rows of this name, as far as the batch has them."""
+    return {key: batch[there] for key in _ROWS if (there := f"{name}_{key}") in batch} if name else batch
 
 
 def _forward(config: ModelConfig, params, batch: Batch, **kwargs):

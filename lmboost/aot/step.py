@@ -49,7 +49,7 @@ def make_run(c: ConfigDict, teacher: ModelConfig | None, num_devices: int) -> pl
             teacher, dtype=c.teacher.dtype, quantize=quantized(c), remat="none", attention="auto"
         )
         own = c.teacher.seq_len
-        retokenizer = Retokenizer("teacher", data="", path="", seq_len=own, scores=True) if own else None
+        retokenizer = Retokenizer("teacher", data="", path="", seq_len=own) if own else None
         helper = Helper(None, model.fit(own or c.seq_len, "tpu", "the teacher's model"), retokenizer)
     return plan.outline(c, student, helper, helper)
 

@@ -30,6 +30,7 @@ class Pieces:
       lengths: of the table's entries, int64 [vocabulary].
       unknown: the id that stands for what it has no token for, if it has one; its bytes are UNKNOWN.
       puts_space: whether a text begins with a space that it has not itself.
+      keeps: whether the bytes of a text's tokens are known to be the text's where they are as many.
 
     Raises a UserError, naming the tokenizer's file, where its tokens do not say which bytes they are.
     """
@@ -41,6 +42,7 @@ class Pieces:
         self.lengths = np.array([len(piece) for piece in table], np.int64)
         self._all, self._first = np.frombuffer(b"".join(table), np.uint8), np.cumsum(self.lengths) - self.lengths
         self.puts_space = self.join(tokenizer.encode("a")).startswith(b" ")
+        self.keeps = tokenizer.kind == "huggingface" and _keeps(_read(tokenizer))
 
     def join(self, ids: np.ndarray) -> bytes:
         """The bytes of a text."""
@@ -85,7 +87,7 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
 
 def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
     """As above; of added tokens, which texts are searched for, the bytes are those of their content."""
-    file = strict_json.read(tokenizer.path, {"model": dict, "added_tokens?": [{"content": str}]}, "Download it again.")
+    file = _read(tokenizer)
     model, pieces = file["model"], tokenizer.pieces()
     kinds = {kind for part in ("normalizer", "pre_tokenizer", "decoder") for kind in _types(file.get(part))}
     marks = {name: model.get(name) for name in ("end_of_word_suffix", "continuing_subword_prefix") if model.get(name)}
@@ -115,6 +117,28 @@ def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
     if unknown is not None:
         table[unknown] = UNKNOWN
     return table, unknown
+
+
+def _read(tokenizer: Tokenizer) -> dict[str, Any]:
+    return strict_json.read(tokenizer.path, {"model": dict, "added_tokens?": [{"content": str}]}, "Download it again.")
+
+
+def _keeps(file: dict[str, Any]) -> bool:
+    """Of byte-level BPE without a normal form, a space of its own, or tokens that take space away.
+
+    It may have no token for some bytes, which are then left out.
+    """
+    before = file.get("pre_tokenizer") or {}
+    steps = before.get("pretokenizers", ()) if before.get("type") == "Sequence" else (before,)
+    splits = {"ByteLevel": {"add_prefix_space": False}, "Digits": {}, "Split": {"behavior": "Isolated"}}
+    return (
+        file.get("normalizer") is None
+        and file["model"].get("type") == "BPE"
+        and not file["model"].get("unk_token")
+        and any(step.get("type") == "ByteLevel" for step in steps)
+        and all(splits.get(step.get("type"), {"type": ""}).items() <= step.items() for step in steps)
+        and not any(token.get("lstrip") or token.get("rstrip") for token in file.get("added_tokens", ()))
+    )
 
 
 def _plain(piece: str) -> bytes:

@@ -19,6 +19,9 @@ from lmboost.data import bytes_of
 from lmboost.data.bytes_of import Pieces
 from lmboost.data.windows import Batch, Window
 
+# What helpers ask for: where each token ends (align), chunks of text (kd, the lead), the bytes of tokens (select).
+ASKS = frozenset({"index", "chunks", "bytes"})
+
 
 class Segments(NamedTuple):
     """The documents of some rows, or what of them is in a row, in order: S of them.
@@ -55,21 +58,6 @@ class Tokens(NamedTuple):
     exact: np.ndarray
 
 
-class Map(NamedTuple):
-    """What rows of one text have in common.
-
-    Attributes:
-      index: of each token, the last one of the other side that ends where it does or before, int64 [tokens]; -1 where
-        there is none in its document.
-      chunks, other_chunks: by the tokens of each side, the number of the chunk that they lie in, from 1 in each row; 0
-        is none. A chunk is the tokens from one place at which both sides have an end to the next.
-    """
-
-    index: np.ndarray
-    chunks: np.ndarray
-    other_chunks: np.ndarray
-
-
 class Rows(NamedTuple):
     """Rows by both tokenizers.
 
@@ -82,6 +70,11 @@ class Rows(NamedTuple):
     own: Tokens
     other: Tokens
     changed: list[tuple[int, int]]
+
+    @property
+    def places(self) -> int:
+        """How many places there are."""
+        return int(self.segments.bases[-1]) + len(self.segments.raw[-1]) + 2
 
 
 def segments_of(windows: Sequence[Window], data: Pieces) -> tuple[Segments, Tokens]:
@@ -109,7 +102,9 @@ def segments_of(windows: Sequence[Window], data: Pieces) -> tuple[Segments, Toke
         low += begins & np.fromiter(with_space, bool, len(low))
     places, counts = high - low + 2, stops - firsts
     bases = np.cumsum(places) - places
-    ends = np.maximum(ends + np.repeat(bases - low, counts), np.repeat(bases, counts))
+    ends += np.repeat(bases - low, counts)
+    if data.puts_space:  # what begins with that space alone ends where the document begins
+        np.maximum(ends, np.repeat(bases, counts), out=ends)
     ends[stops[closes] - 1] = (bases + places - 1)[closes]
     raw = [text[first:stop] for first, stop in zip(low.tolist(), high.tolist(), strict=True)]
     numbers = np.arange(len(firsts)) - np.searchsorted(rows, rows) + 1
@@ -128,14 +123,16 @@ def encode(segments: Segments, other: Pieces) -> tuple[Tokens, list[tuple[int, i
     texts = [text_of(raw) for raw in segments.raw]
     encoded = other.tokenizer.encode_batch([text for *_, text in texts])
     ids, counts = np.concatenate([np.zeros(0, np.int32), *encoded]), np.array([len(ids) for ids in encoded], np.int64)
-    (said, ends), stops = other.spell(ids), np.cumsum(counts)
+    ends, stops = np.cumsum(other.lengths[ids]), np.cumsum(counts)
     high = np.concatenate([[0], ends])[stops]
     low = np.concatenate([[0], high[:-1]])
     exact, changed = np.ones(len(ids), bool), []
     ends += np.repeat(segments.bases + [first for first, *_ in texts] - low, counts)
     for i, (raw, (first, stop, _)) in enumerate(zip(segments.raw, texts, strict=True)):
-        if (own := said[low[i] : high[i]]) != raw[first:stop]:
-            here, base = slice(stops[i] - counts[i], stops[i]), segments.bases[i] + first
+        if other.keeps and high[i] - low[i] == stop - first:
+            continue
+        here, base = slice(stops[i] - counts[i], stops[i]), segments.bases[i] + first
+        if (own := other.join(ids[here])) != raw[first:stop]:
             found, exact[here], span = places(raw[first:stop], own, ends[here] - base, other.puts_space)
             ends[here] = base + found
             changed += [(base + span[0], base + span[1])] if span else []
@@ -145,17 +142,19 @@ def encode(segments: Segments, other: Pieces) -> tuple[Tokens, list[tuple[int, i
     there = both(segments.begins & (bos is not None), segments.is_whole & (eos is not None))
     lasts = segments.bases + np.array([len(raw) + 1 for raw in segments.raw], np.int64)
     at = both(stops - counts, stops)[there]
+    at += np.arange(len(at))
     is_text = np.ones(len(ids) + len(at), bool)
-    is_text[at + np.arange(len(at))] = False
+    is_text[at] = False
 
     def whole(of_texts: np.ndarray, of_documents: np.ndarray | bool) -> np.ndarray:
         found = np.empty(len(is_text), of_texts.dtype)
-        found[is_text], found[~is_text] = of_texts, of_documents
+        found[is_text], found[at] = of_texts, of_documents
         return found
 
     ids = whole(ids, np.tile([bos or 0, eos or 0], len(counts))[there])
     ends = whole(ends, both(segments.bases, lasts)[there])
-    return Tokens(ids, ends, counts + there.reshape(-1, 2).sum(1), whole(exact, True)), changed
+    exact = whole(exact, True) if changed else np.ones(len(ids), bool)
+    return Tokens(ids, ends, counts + there.reshape(-1, 2).sum(1), exact), changed
 
 
 def places(
@@ -191,14 +190,32 @@ def _equal(a: np.ndarray, b: np.ndarray) -> int:
     return int(differ.argmax()) if differ.any() else len(a)
 
 
-def compare(rows: Rows) -> Map:
-    """What rows have in common. A chunk that touches what the other tokenizer has changed is none."""
-    segments, own, other, changed = rows
-    size = int(segments.bases[-1]) + len(segments.raw[-1]) + 2
-    # Looking up by place is faster than searching: how many tokens of the other side end there or before.
-    index = np.cumsum(np.bincount(other.ends, minlength=size))[own.ends] - 1
+def index_of(rows: Rows) -> np.ndarray:
+    """Of each own token the last other one that ends where it does or before, int64 [own tokens].
+
+    -1 where there is none in its document, and in what the other tokenizer has changed.
+    """
+    _, own, other, changed = rows
+    # Looking up by place is faster than searching: how many of the other tokens end there or before.
+    index = np.cumsum(np.bincount(other.ends, minlength=rows.places))[own.ends] - 1
     there = index >= np.repeat(np.cumsum(other.counts) - other.counts, own.counts)
-    is_shared, theirs = np.zeros(size, bool), np.zeros(size, bool)
+    if changed:
+        inside = np.zeros(rows.places, bool)
+        for low, high in changed:
+            inside[low + 1 : high] = True
+        there &= ~inside[own.ends]
+    index[~there] = -1
+    return index
+
+
+def chunks_of(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Of each own token, and of each other one, the number of the chunk that it lies in, int64, from 1 in each row.
+
+    A chunk is the tokens from one place at which both sides have an end to the next; 0 is none. One that touches what
+    the other tokenizer has changed is none.
+    """
+    segments, own, other, changed = rows
+    is_shared, theirs = np.zeros(rows.places, bool), np.zeros(rows.places, bool)
     is_shared[own.ends], theirs[other.ends if other.exact.all() else other.ends[other.exact]] = True, True
     is_shared &= theirs
     shared = np.flatnonzero(is_shared)
@@ -206,11 +223,9 @@ def compare(rows: Rows) -> Map:
     closes[np.searchsorted(shared, segments.bases)] = False
     if changed:
         # What it has put between two bytes has the same place twice, and is touched on both sides.
-        inside, touched = np.zeros(size, bool), np.zeros(size, bool)
+        touched = np.zeros(rows.places, bool)
         for low, high in changed:
-            inside[low + 1 : high] = True
             touched[min(low, high - 1) + 1 : max(high, low + 1) + 1] = True
-        there &= ~inside[own.ends]
         closes[1:-1] &= np.diff(np.cumsum(touched)[shared]) == 0
     closes[-1] = False  # of tokens that end after all that is shared
     # Numbers begin anew in each row.
@@ -219,11 +234,11 @@ def compare(rows: Rows) -> Map:
     numbers -= np.repeat(numbers[firsts], np.diff(firsts, append=len(numbers)))
     numbers *= closes
 
-    def chunks(ends: np.ndarray) -> np.ndarray:
+    def of(ends: np.ndarray) -> np.ndarray:
         ends_one = is_shared[ends]
         return numbers[np.cumsum(ends_one & (np.diff(ends, prepend=-1) > 0)) - ends_one]
 
-    return Map(np.where(there, index, -1), chunks(own.ends), chunks(other.ends))
+    return of(own.ends), of(other.ends)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,40 +249,46 @@ class Retokenizer:
       name: of whom the rows are for ("teacher", "scorer").
       data, path: the tokenizer of the records, and the other one, as `tokenizer.load` finds them.
       seq_len: tokens of the other rows, U; a longer one is cut.
-      scores: whether rows are scored by them, which asks for the bytes of tokens, too.
+      asks: what is asked for besides the tokens themselves, of ASKS.
     """
 
     name: str
     data: str
     path: str
     seq_len: int
-    scores: bool = False
+    asks: frozenset[str] = ASKS
 
     def rows(self, windows: Sequence[Window], batch_size: int, seq_len: int) -> Batch:
         """The rows of some windows, padded to `batch_size` rows B; the windows have `seq_len` tokens T.
 
         Returns, each after the name and "_":
-          tokens, targets, segment_ids, positions, weights: [B, U], as in `windows.batch_of`.
+          tokens, segment_ids, positions: int32 [B, U], as in `windows.batch_of`.
+          targets, weights: [B, U], as there; where chunks or bytes are asked for.
           index: int32 [B, T]; of each token, the last one of the other row that ends where it does or before; -1 where
             there is none, or its place is beyond a row that was cut.
           chunks, own_chunks: int32 [B, T] and [B, U]; of each target the number of its chunk in the row, from 1, or 0.
-          bytes: int32 [B, U], of each target; only where the helper scores.
+          bytes: int32 [B, U], of each target.
         """
         batch = self.padded(batch_size, seq_len)
         if windows:
             rows = {name.removeprefix(f"{self.name}_"): value for name, value in batch.items()}
             _fill(rows, self.read(windows))
-            if self.scores:
+            if "bytes" in rows:
                 rows["bytes"][:] = bytes_of.load(self.path).lengths[rows["targets"]] * (rows["weights"] > 0)
         return batch
 
     def padded(self, batch_size: int, seq_len: int) -> Batch:
         """As `rows`, of no window at all."""
         whole, theirs = (batch_size, seq_len), (batch_size, self.seq_len)
-        batch = {name: np.zeros(theirs, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-        batch |= {"own_chunks": np.zeros(theirs, np.int32), "chunks": np.zeros(whole, np.int32)}
-        batch |= {"index": np.full(whole, -1, np.int32), "weights": np.zeros(theirs, np.float32)}
-        batch |= {"bytes": np.zeros(theirs, np.int32)} if self.scores else {}
+        batch = {name: np.zeros(theirs, np.int32) for name in ("tokens", "segment_ids", "positions")}
+        if self.asks & {"chunks", "bytes"}:
+            batch |= {"targets": np.zeros(theirs, np.int32), "weights": np.zeros(theirs, np.float32)}
+        if "chunks" in self.asks:
+            batch |= {"chunks": np.zeros(whole, np.int32), "own_chunks": np.zeros(theirs, np.int32)}
+        if "index" in self.asks:
+            batch["index"] = np.full(whole, -1, np.int32)
+        if "bytes" in self.asks:
+            batch["bytes"] = np.zeros(theirs, np.int32)
         return {f"{self.name}_{name}": value for name, value in batch.items()}
 
     def read(self, windows: Sequence[Window]) -> Rows:
@@ -277,20 +298,24 @@ class Retokenizer:
 
 
 def _fill(batch: Batch, rows: Rows) -> None:
-    """Writes the rows of a batch; see `Retokenizer.rows`."""
+    """Writes what a batch has room for; see `Retokenizer.rows`."""
     segments, own, other, _ = rows
-    other = _cut(other, segments.rows, most := batch["tokens"].shape[1])
-    common = compare(rows._replace(other=other))
+    rows = rows._replace(other=(other := _cut(other, segments.rows, most := batch["tokens"].shape[1])))
     borders, own_borders = _borders(other, segments.rows), _borders(own, segments.rows)
     positions = _places(other.counts)
     inputs = {"tokens": other.ids, "segment_ids": np.repeat(segments.numbers, other.counts), "positions": positions}
     _write(batch, inputs, borders, 0)
-    labels = {"targets": other.ids, "weights": positions > 0, "own_chunks": common.other_chunks}
-    _write(batch, labels, borders, 1)
-    columns = common.index - np.repeat(borders[:-1], np.diff(own_borders))
-    there = (common.index >= 0) & (columns < most)
-    _write(batch, {"index": np.where(there, columns, -1)}, own_borders, 0)
-    _write(batch, {"chunks": common.chunks}, own_borders, 1)
+    if "targets" in batch:
+        _write(batch, {"targets": other.ids, "weights": positions > 0}, borders, 1)
+    if "index" in batch:
+        index = index_of(rows)
+        columns = index - np.repeat(borders[:-1], np.diff(own_borders))
+        columns[(index < 0) | (columns >= most)] = -1
+        _write(batch, {"index": columns}, own_borders, 0)
+    if "chunks" in batch:
+        chunks, own_chunks = chunks_of(rows)
+        _write(batch, {"chunks": chunks}, own_borders, 1)
+        _write(batch, {"own_chunks": own_chunks}, borders, 1)
 
 
 def _places(counts: np.ndarray) -> np.ndarray:

@@ -75,6 +75,16 @@ def test_ids_are_those_of_hugging_faces_library(kind, batch):
     assert all(ids.dtype == np.int32 for ids in found)
 
 
+def test_a_text_with_a_byte_that_has_no_token_is_encoded_all_the_same():
+    model = tokenizers.Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    _train(model, ["<|end|>"], list("abcdefghijklmnopqrstuvwxyz\u0120"))
+    fast = fast_bpe.make(model)
+    batch = ["a word", "an \u00e9 and \x04", "words", "\U000f0000"]
+    expected = [encoding.ids for encoding in model.encode_batch_fast(batch, add_special_tokens=False)]
+    assert [ids.tolist() for ids in fast.encode_batch(batch)] == expected and expected[3] == []
+
+
 def test_it_stands_in_where_it_is_exact():
     for model in KINDS.values():
         assert fast_bpe.make(model)

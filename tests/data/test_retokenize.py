@@ -1,6 +1,8 @@
 """Rows of another tokenizer: the same bytes, and which tokens end where, against a slow search by bytes."""
 
+import dataclasses
 import itertools
+import json
 import pathlib
 
 import hypothesis
@@ -43,6 +45,19 @@ def changing(directory, normalizer):
     return path
 
 
+def with_holes(directory):
+    """A byte-level tokenizer without tokens for some bytes, as SmolLM2's: it leaves them out of a text."""
+    path = hub.write_tokenizer(directory)
+    file = json.loads(path.read_text())
+    merged = {letter for pair in file["model"]["merges"] for letter in "".join(pair)}
+    for byte in (*b"\x04\t(A", *range(0xC3, 0xF5)):
+        letter = next(letter for letter, value in bytes_of._LETTERS.items() if value == byte)
+        if letter not in merged:
+            file["model"]["vocab"].pop(letter)
+    path.write_text(json.dumps(file))
+    return path
+
+
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
     """Tokenizer files by what they are."""
@@ -56,6 +71,7 @@ def kinds(tmp_path_factory):
         "longer": changing(home / "longer", tokenizers.normalizers.Replace("(", "(a(b")),
         "shorter": changing(home / "shorter", tokenizers.normalizers.Replace(tokenizers.Regex(r"\s+"), " ")),
         "llama": llama(home / "llama"),
+        "holes": with_holes(home / "holes"),
     }
 
 
@@ -70,6 +86,9 @@ def test_the_bytes_of_tokens_are_those_of_their_text(kinds, kind, text):
     if kind in ("ours", "bytes"):
         assert raw == text.encode()
     assert pieces.puts_space == (kind == "llama")
+    assert pieces.keeps == (kind == "bytes") and (
+        not pieces.keeps or raw == text.encode() or len(raw) < len(text.encode())
+    )
     specials = {pieces.tokenizer.bos_id, pieces.tokenizer.eos_id}
     assert all(pieces.table[i] == b"" for i in specials) and b"" not in (
         pieces.table[i] for i in pieces.tokenizer.in_texts()
@@ -171,7 +190,7 @@ def chunks_of(batch, row):
     "data, other",
     [
         ("ours", "bytes"), ("bytes", "ours"), ("ours", "nfc"), ("ours", "llama"), ("llama", "bytes"),
-        ("bytes", "lower"), ("bytes", "longer"), ("ours", "shorter"),
+        ("bytes", "lower"), ("bytes", "longer"), ("ours", "shorter"), ("ours", "holes"),
     ],
 )  # fmt: skip
 @hypothesis.given(texts=st.lists(TEXTS.filter(bool), min_size=1, max_size=4), draw=st.data())
@@ -259,6 +278,25 @@ def test_nearly_all_tokens_have_a_place_and_a_chunk_in_a_plain_text(prepared, te
     both = zip(batch["segment_ids"], batch["teacher_segment_ids"], batch["teacher_index"], strict=True)
     for own, other, index in both:
         np.testing.assert_array_equal(own[index >= 0], other[index[index >= 0]], "documents stay apart")
+
+
+@pytest.mark.parametrize(
+    "asks, more",
+    [
+        ((), ""), (("index",), "index"), (("chunks",), "targets weights chunks own_chunks"),
+        (("bytes",), "targets weights bytes"),
+    ],
+)  # fmt: skip
+def test_no_more_is_made_than_is_asked_for(prepared, teacher_rows, asks, more):
+    source = windows.Windows(str(prepared), "train", 64)
+    rows = [source[i] for i in range(3)]
+    whole = teacher_rows.rows(rows, 4, 64)
+    part = dataclasses.replace(teacher_rows, asks=frozenset(asks)).rows(rows, 4, 64)
+    assert part.keys() == {f"teacher_{name}" for name in f"tokens segment_ids positions {more}".split()}
+    for name, value in part.items():
+        np.testing.assert_array_equal(value, whole[name], name)
+    text = bytes_of.load(teacher_rows.path).join(whole["teacher_targets"][whole["teacher_weights"] > 0])
+    assert whole["teacher_bytes"].sum() == len(text) > 0
 
 
 def test_what_is_measured_is_what_rows_are(prepared, kinds):
