@@ -14,10 +14,11 @@ import tarfile
 import numpy as np
 import pytest
 
-from lmboost import evaluate, report
+from lmboost import evaluate
 from lmboost.checkpoint import Run, Saved
 from lmboost.config import load
 from lmboost.data import loader
+from lmboost.report import __main__ as report
 from lmboost.run import goodput
 from lmboost.search import job
 from tests import hub, runs

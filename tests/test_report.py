@@ -1,16 +1,20 @@
 """Reports: crossings are where the curves cross, costs add up, and runs that cannot be compared are refused."""
 
 import json
+import re
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmboost import report, report_plot
+from lmboost import places
 from lmboost.errors import UserError
+from lmboost.report import __main__ as report
+from lmboost.report import curves, plot
 from lmboost.run import goodput
 
 
@@ -40,22 +44,57 @@ def run_main(tmp_path, *flags):
 def a_run(losses, tokens=None, name="run"):
     losses = np.asarray(losses, float)
     tokens = np.arange(1.0, len(losses) + 1) * 1000 if tokens is None else np.asarray(tokens, float)
-    return report.Run(
+    return curves.Run(
         name, tokens, losses, 10 * tokens, tokens / 50, tokens / 10, {"val_loss": float(losses[-1])}, float(tokens[-1])
     )
+
+
+class Tags(HTMLParser):
+    """The tags of a page; asserts that each is closed, and that the page fetches and runs nothing."""
+
+    VOID = ("meta", "input")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.seen, self.text = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        assert tag not in ("script", "img", "link", "iframe", "object")
+        for name, value in attributes:
+            assert name not in ("src", "href") and not name.startswith("on")
+            assert name not in ("d", "style") or not re.search("nan|inf", value), value
+        self.seen.append(tag)
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def assert_the_page_is_whole(path):
+    page = Tags(path.read_text())
+    assert page.seen.count("svg") >= 4 and page.seen.count("table") >= 2
+    return page
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(1, 10), min_size=2, max_size=20), st.floats(1, 10))
 def test_a_crossing_is_the_first_point_of_the_curve_at_the_target(losses, target):
     run = a_run(losses)
-    found = report.crossing(run, target)
+    found = curves.crossing(run, target)
     if found is None:
         assert min(losses) > target
         return
     assert found.first == (losses[0] <= target)
     if not found.first:
-        assert report.loss_at(run, found.tokens) == pytest.approx(target, abs=1e-6)
+        assert curves.loss_at(run, found.tokens) == pytest.approx(target, abs=1e-6)
         assert found.flops == pytest.approx(10 * found.tokens), "FLOPs are taken at the same place"
         assert found.seconds == pytest.approx(found.tokens / 50)
     earlier = run.val_loss[run.tokens < found.tokens - 1e-6]
@@ -66,7 +105,7 @@ def test_a_crossing_is_the_first_point_of_the_curve_at_the_target(losses, target
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), st.floats(0.01, 3))
 def test_labels_keep_their_order_and_do_not_touch(heights, gap):
     heights = sorted(heights)
-    placed = np.array(report_plot.spread(heights, gap))
+    placed = np.array(plot.spread(heights, gap))
     assert (np.diff(placed) >= gap - 1e-9).all()
     if (np.diff(heights) >= gap).all():
         np.testing.assert_allclose(placed, heights)
@@ -93,6 +132,7 @@ def test_the_report_of_a_faster_and_a_slower_run(tmp_path, capsys):
     assert "| fast | 2.5k | 0.62 | 3e+04 | 0.75 | - | - |" in text and "| fast | 3.2e+04 | 0.80 | - | - |" in text
     assert "| slow | - | - | - | - | - | - |" in text and "![Validation loss against tokens](report.png)" in text
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert_the_page_is_whole(tmp_path / "out" / "report.html")
     shown = capsys.readouterr().out
     assert "plain (baseline)" in shown and "0.62" in shown and "2000 FLOPs" not in text
 
@@ -163,6 +203,67 @@ def test_runs_of_one_name_are_told_apart_and_names_are_text(tmp_path):
     c = save(tmp_path / "c|$x_$", [5.0, 3.0])
     out = run_main(tmp_path, f"--baseline={a}", f"--run={b}", f"--run={c}")
     assert [out["baseline"]["name"], *(r["name"] for r in out["runs"])] == [a, b, "c|$x_$"]
+    assert [group["name"] for group in out["groups"]] == ["run", "c|$x_$"]
+
+
+def test_names_are_text_to_the_page(tmp_path):
+    a = save(tmp_path / "a</title><script>x()", [5.0, 4.0])
+    b = save(tmp_path / '"><img src=x onerror=x()> & b', [5.0, 3.0])
+    run_main(tmp_path, f"--baseline={a}", f"--run={b}")
+    page = assert_the_page_is_whole(tmp_path / "out" / "report.html")
+    assert page.text.count('"><img src=x onerror=x()> & b') >= 4
+
+
+def helped(step, tokens):
+    """A line of a run whose kd falls to 0 at step 50, and whose select ends at step 20."""
+    kd = {"kd": 0.5, "kd_weight": 0.5 - step / 100, "teacher_ce": 2.0} if step < 50 else {"kd": None}
+    return {"step": step, "tokens": tokens, "loss": 3.0, "ce": 4.0, **kd, "kept_fraction": 0.5 if step <= 20 else None}
+
+
+def test_how_much_help_there_was_and_until_when(tmp_path):
+    lines = [json.dumps(helped(step, 10 * step) | {"lead": "others wrote this"}) + "\n" for step in range(1, 101)]
+    baseline, other = save(tmp_path / "plain", [5.0, 4.0]), save(tmp_path / "other", [3.0], every=100, extra=lines)
+    out = run_main(tmp_path, f"--baseline={baseline}", f"--run={other}")
+    row = out["runs"][0]
+    assert row["helps"] == {
+        "kd": {"tokens": 490.0, "step": 49, "ended": True}, "select": {"tokens": 200.0, "step": 20, "ended": True}
+    }  # fmt: skip
+    training = row["training"]
+    assert set(training) == {"tokens", "loss", "ce", "kd", "kd_weight", "teacher_ce", "kept_fraction"}
+    assert training["kd_weight"][:2] == pytest.approx([0.49, 0.48]) and training["kd_weight"][60] is None
+    assert out["baseline"]["helps"] == {} and out["baseline"]["curve"]["val_loss"] == [5.0, 4.0]
+    text = " ".join(assert_the_page_is_whole(tmp_path / "out" / "report.html").text)
+    assert "Help: kd until step 49 (490 tokens), select until step 20 (200 tokens)." in text
+    assert "Weights of helps" in text and "The teacher's lead" not in text and "kd ended" in text
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.none() | st.floats(-10, 10), min_size=1, max_size=1000).filter(any))
+def test_a_long_run_is_thinned_to_means(values):
+    found = curves._training([{"tokens": i, "loss": value} for i, value in enumerate(values)])
+    assert len(found["loss"]) == len(found["tokens"]) == min(len(values), curves.POINTS)
+    known = [value for value in values if value is not None]
+    assert min(known) - 1e-9 <= np.nanmin(found["loss"]) and np.nanmax(found["loss"]) <= max(known) + 1e-9
+    if len(values) <= curves.POINTS:
+        assert [None if np.isnan(x) else x for x in found["loss"]] == values
+
+
+def test_runs_of_one_name_are_repetitions(tmp_path):
+    plain = [save(tmp_path / seed / "plain", [5.0, end]) for seed, end in (("a", 3.0), ("b", 3.2))]
+    other = [save(tmp_path / seed / "other", [4.0, end]) for seed, end in (("a", 2.0), ("b", 2.5), ("c", 3.5))]
+    out = run_main(tmp_path, f"--baseline={plain[0]}", *(f"--run={run}" for run in (plain[1], *other)))
+    first, second = out["groups"]
+    assert first["name"] == "plain" and first["runs"] == 2 and first["reached"] == 1
+    assert first["final_val_loss"]["mean"] == pytest.approx(3.1)
+    assert first["final_val_loss"]["deviation"] == pytest.approx(np.std([3.0, 3.2], ddof=1))
+    assert first["tokens_fraction"] == {"mean": 1.0, "deviation": None}, "of the one that reaches it"
+    assert second["reached"] == 2 and second["runs"] == 3
+    reached = [(1 + (4 - 3) / (4 - end)) / 2 for end in (2.0, 2.5)]
+    assert second["tokens_fraction"]["mean"] == pytest.approx(np.mean(reached))
+    assert (
+        f"| other | 3 | 2.6667 ± {np.std([2.0, 2.5, 3.5], ddof=1):.4f} | 2 of 3 |"
+        in (tmp_path / "out" / "report.md").read_text()
+    )
 
 
 def test_a_run_in_progress_with_a_half_written_line_can_be_reported(tmp_path):
@@ -209,7 +310,7 @@ def test_where_the_time_went(tmp_path, capsys):
 
 
 def test_remote_runs_have_names_of_their_own():
-    assert report.name_of("gs://bucket/some/run/") == "run" and report.name_of("runs/a/../b/") == "b"
+    assert places.name_of("gs://bucket/some/run/") == "run" and places.name_of("runs/a/../b/") == "b"
     runs = [a_run([1.0]), a_run([2.0])]
     assert [run.name for run in report.distinct(runs, ["gs://a/run", "gs://b/run/"])] == ["gs://a/run", "gs://b/run"]
 
@@ -254,11 +355,11 @@ def test_the_verb_ends_on_a_short_message(tmp_path):
 def test_links_in_the_place_of_a_report_are_replaced_and_not_followed(tmp_path):
     a, b = (save(tmp_path / name, [5.0, 4.0]) for name in "ab")
     (tmp_path / "out").mkdir()
-    for name in ("report.md", "report.json", "report.png"):
+    for name in ("report.md", "report.json", "report.png", "report.html"):
         (tmp_path / f"mine-{name}").write_text("mine")
         (tmp_path / "out" / name).symlink_to(tmp_path / f"mine-{name}")
     run_main(tmp_path, f"--baseline={a}", f"--run={b}")
-    for name in ("report.md", "report.json", "report.png"):
+    for name in ("report.md", "report.json", "report.png", "report.html"):
         assert (tmp_path / f"mine-{name}").read_text() == "mine" and not (tmp_path / "out" / name).is_symlink()
 
 

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from lmboost import checkpoint, report
+from lmboost import checkpoint
 from lmboost.errors import UserError
+from lmboost.report.curves import load_run
 from tests import runs
 from tests.compare import assert_same, lines, losses
 
@@ -126,7 +127,7 @@ def test_tokens_flops_and_rows_count_on_through_a_chain(tmp_path, run, parent):
     assert tokens[8] == chain[1]["tokens"] + 2 * 16 * 16
     before = losses(parent[0], "flops")
     assert flops[4] == before[4] and flops[6] == before[8] and flops[6] < flops[8] < before[8] * 1.3
-    assert report.load_run(str(tmp_path / "long")).stages == (chain[0]["tokens"], chain[1]["tokens"])
+    assert load_run(str(tmp_path / "long")).stages == (chain[0]["tokens"], chain[1]["tokens"])
     assert sorted(tokens) == list(range(1, 9)) and all(np.diff([tokens[step] for step in sorted(tokens)]) > 0)
 
 

@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmboost import checkpoint, config, going_on, report
+from lmboost import checkpoint, config, going_on
 from lmboost.data import loader, records, windows
 from lmboost.errors import UserError
 from lmboost.hf import config_json, files, reader
 from lmboost.models.model_config import ModelConfig
+from lmboost.report.curves import load_run
 from lmboost.run import goodput
 from lmboost.search import log as search_log
 from tests import harmed, hub
@@ -95,7 +96,7 @@ def test_what_a_run_says_of_itself(tmp_path, line, time):
     write(tmp_path / "metrics.jsonl", json.dumps(LINE).encode() + b"\n" + line + b"\n")
     write(tmp_path / "goodput.jsonl", json.dumps(TIME).encode() + b"\n" + time + b"\n")
     with read_or_refused():
-        report.load_run(str(tmp_path))
+        load_run(str(tmp_path))
 
 
 @pytest.fixture(scope="module")

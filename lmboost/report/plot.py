@@ -14,24 +14,25 @@ LINES = ("-", "--", "-.", ":")  # once the colours are used up
 ARROW = {"arrowstyle": "-", "lw": 0.6, "alpha": 0.6, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}  # to a line's end
 
 
-def save(report: dict[str, Any], runs: Sequence[Any], file: BinaryIO) -> None:
-    """Writes the PNG. `runs` begins with the baseline, in the order of the report's rows."""
+def save(report: dict[str, Any], file: BinaryIO) -> None:
+    """Writes the PNG; `report` is what `compare` gives."""
     target = report["target_loss"]
     rows = [report["baseline"], *report["runs"]]
     figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")  # without pyplot: no display, no global state
     axes = figure.subplots()
-    end = max(float(run.tokens[-1]) for run in runs)
+    curves = [tuple(np.array(row["curve"][name], float) for name in ("tokens", "val_loss")) for row in rows]
+    end = max(float(tokens[-1]) for tokens, _ in curves)
     scale, unit = next(((s, name) for s, name in UNITS if end >= s), (1.0, ""))
     axes.axhline(target, color=BASELINE, lw=0.9, ls=(0, (4, 3)), zorder=1)
 
     labels = []
-    for i, (run, row) in enumerate(zip(runs, rows, strict=True)):
+    for i, ((tokens, loss), row) in enumerate(zip(curves, rows, strict=True)):
         colour = COLOURS[(i - 1) % len(COLOURS)] if i else BASELINE
         style = LINES[(i - 1) // len(COLOURS) % len(LINES)] if i else "-"
-        axes.plot(run.tokens / scale, run.val_loss, color=colour, ls=style, lw=1.8, zorder=3 if i else 2)
-        at = np.array(run.stages)  # where it went on from another run
-        axes.plot(at / scale, np.interp(at, run.tokens, run.val_loss), "|", ms=12, mew=1.5, color=colour, zorder=4)
-        text = run.name if len(run.name) <= 28 else "…" + run.name[-27:]
+        axes.plot(tokens / scale, loss, color=colour, ls=style, lw=1.8, zorder=3 if i else 2)
+        at = np.array(row["stages"])  # where it went on from another run
+        axes.plot(at / scale, np.interp(at, tokens, loss), "|", ms=12, mew=1.5, color=colour, zorder=4)
+        text = row["name"] if len(row["name"]) <= 28 else "…" + row["name"][-27:]
         if i and row["reached"]:
             x = row["tokens_to_target"] / scale
             axes.plot([x], [target], "o", ms=7, mfc="white", mec=colour, mew=1.8, zorder=5)
@@ -40,10 +41,10 @@ def save(report: dict[str, Any], runs: Sequence[Any], file: BinaryIO) -> None:
             text += "\nnot reached"
         else:
             text += f"\n(baseline, {target:.3f})"
-        labels.append((float(run.tokens[-1]) / scale, float(run.val_loss[-1]), text, colour))
+        labels.append((float(tokens[-1]) / scale, float(loss[-1]), text, colour))
 
     axes.set_xlim(0, end / scale or 1)
-    axes.set_ylim(*_limits(runs, target))
+    axes.set_ylim(*limits(curves, target))
     axes.set_xlabel(f"Training tokens{unit}")
     axes.set_ylabel("Validation loss (nats per token)")
     title = f"Tokens to reach the baseline's final validation loss ({target:.3f})"
@@ -55,10 +56,13 @@ def save(report: dict[str, Any], runs: Sequence[Any], file: BinaryIO) -> None:
     figure.savefig(file, format="png")
 
 
-def _limits(runs: Sequence[Any], target: float) -> tuple[float, float]:
-    """The part where runs differ: from the lowest loss to the highest one after a sixth of the tokens."""
-    start = 1 / 6 * max(float(run.tokens[-1]) for run in runs)
-    late = [run.val_loss[(run.tokens >= start) & np.isfinite(run.val_loss)] for run in runs]
+def limits(curves: Sequence[tuple[np.ndarray, np.ndarray]], target: float) -> tuple[float, float]:
+    """The part where runs differ: from the lowest loss to the highest one after a sixth of the way.
+
+    curves: (what was spent, loss) of each run.
+    """
+    start = 1 / 6 * max(float(x[-1]) for x, _ in curves)
+    late = [loss[(x >= start) & np.isfinite(loss)] for x, loss in curves]
     late = np.concatenate([*late, [target]])
     margin = 0.06 * (late.max() - late.min() or 1.0)
     return late.min() - margin, late.max() + margin
