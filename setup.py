@@ -29,7 +29,16 @@ setup(
         "gguf": ["gguf>=0.17"],  # convert --out=gguf:FILE
         "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.
-        "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10", "qwix>=0.1.8"],
+        "peers": [
+            "torch",
+            "transformers>=5",
+            "safetensors",
+            "lm-eval[hf]>=0.4.10",
+            "qwix>=0.1.8",
+            "huggingface_hub>=1",
+            "gguf>=0.17",
+            "xllamacpp",  # llama.cpp itself
+        ],
         "eval": ["lm-eval>=0.4.10"],
         # The TPU compiler runs without a TPU: tests compile the step for a pod.
         "test": [
