@@ -25,6 +25,11 @@ MODELS = {
     "qwen2": dataclasses.replace(hub.LLAMA, qkv_bias=True),
     "qwen3": dataclasses.replace(hub.LLAMA, qk_norm="head"),
 }
+SCALED = {"rope_scaling_factor": 8.0, "rope_theta": 100.0}
+SCALED = {
+    "llama3": dataclasses.replace(hub.LLAMA, **SCALED, rope_scaling="llama3", rope_original_seq_len=16),
+    "qwen3": dataclasses.replace(MODELS["qwen3"], **SCALED, rope_scaling="linear"),
+}
 
 
 @pytest.fixture
@@ -144,7 +149,7 @@ def test_a_tokenizer_that_llama_cpp_has_no_equal_of(changes, message, tmp_path):
         ({"norm_placement": "post", "qk_norm": "full"}, "no architecture of llama.cpp .*norm_placement='post'"),
         ({"qkv_bias": True, "attn_out_bias": True}, r"attn_out_bias=True \(expected False\)"),
         ({"sliding_window": 8, "qk_norm": "head"}, r"Qwen3ForCausalLM would, but for sliding_window=8 \(expected 0\)"),
-        ({"rope_scaling": "linear", "rope_scaling_factor": 4.0}, r"rope_scaling_factor=4.0 \(expected 1.0\)"),
+        ({"rope_scaling": "yarn", "rope_scaling_factor": 4.0}, r"rope_scaling='yarn' \(expected 'linear or llama3'\)"),
     ],
 )
 def test_a_model_that_llama_cpp_has_no_architecture_for(changes, message):
@@ -191,14 +196,14 @@ def ask(server, path, **body):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("name", ["llama", "qwen3", "sentencepiece"])
+@pytest.mark.parametrize("name", ["llama3", "qwen3", "sentencepiece"])
 def test_llama_cpp_reads_the_same_tokens_and_predicts_the_same(name, tmp_path, tokenizer):
-    """Its keys and values are of 16 bits."""
+    """Also where positions are scaled. Its keys and values are of 16 bits."""
     xllamacpp = pytest.importorskip("xllamacpp")
     text = pathlib.Path(__file__).read_text()
     if name == "sentencepiece":
         tokenizer = tokenizer_lib.train([text], 400, tmp_path / "t.model")
-    model = dataclasses.replace(MODELS.get(name, hub.LLAMA), vocab_size=410, max_seq_len=256)
+    model = dataclasses.replace(SCALED.get(name, hub.LLAMA), vocab_size=410, max_seq_len=256)
     params = hub.random_params(model)
     llama_cpp.export(tmp_path / "m.gguf", model, params, tokenizer)
     settings = xllamacpp.CommonParams()
