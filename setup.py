@@ -25,6 +25,7 @@ extras = {
 # What some tests compare with, or look into; lmboost itself reads and writes Hub directories without them.
 extras["peers"] = [
     *("torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"),
+    "xllamacpp",  # llama.cpp itself
     *(package for name in ("gguf", "hub", "int8", "wandb", "mlflow", "trackio", "docs") for package in extras[name]),
 ]
 extras["test"] = [

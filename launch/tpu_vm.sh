@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs that are asked for as a queued resource, and goes on after preemptions, hangs and crashes.
+# Trains on Cloud TPU VMs, and goes on after preemptions, hangs and crashes. They are asked for as a queued resource,
+# or, where --machine_type is given, of Compute Engine, which alone has TPU7x.
 #
 #   launch/tpu_vm.sh up NAME --accelerator=v5litepod-16 --zone=us-west4-a --spot \
 #       --config=configs/salt_2p8b.py --config.data.train=/home/me/data --workdir=gs://bucket/run
@@ -9,11 +10,15 @@
 #   stop     training saves and ends with 75, and stays ended       delete   deletes the VMs: ends what they cost
 #
 #   --accelerator=TYPE     such as v5litepod-16, v5p-128, v6e-256      --slices=N   so many of them (multislice)
-#   --runtime_version=V    the VM image; known for v4, v5litepod, v5p, v6e
+#   --runtime_version=V    the VM image; known for v4, v5litepod, v5p, v6e; with --machine_type an image family of
+#                          ubuntu-os-accelerator-images, known for tpu7x, ct6e and ct5p
+#   --machine_type=TYPE    in place of --accelerator, for all verbs: tpu7x-standard-4t, ct6e-standard-4t. Needs --zone,
+#   --topology=T           --project, and for all but logs and stop the chips of the slice, such as 2x2x2
 #   --zone=Z --project=P   gcloud's own defaults if left out           --spot       cheaper, may be preempted
 #   --source=URL@REF       clones this instead of copying this checkout; or FILE.whl, a wheel that is copied
 #   --setup=CMD            runs on all workers after the install, to copy the data for example
-#   --create_flag=F --ssh_flag=F   one more flag for `queued-resources create`, or for ssh and scp; may be repeated
+#   --create_flag=F --ssh_flag=F   one more flag for `queued-resources create` (with --machine_type:
+#                          `instance-templates create`), or for ssh and scp; may be repeated
 #   --max_crashes=3        gives up after so many crashes in a row without a new checkpoint
 #   --grace=300            seconds that workers have to end by themselves when the first worker has ended
 #   --poll=30              seconds between questions to gcloud         --keep       `up` does not delete at the end
@@ -44,14 +49,18 @@ name=${2:-}
 [[ "$name" =~ ^[a-z][a-z0-9-]*$ ]] || fail "name '$name': expected $verb NAME, of small letters, digits and -"
 shift 2
 
-accelerator='' runtime='' source='' setup='' workdir='' config='' slices=1 max_crashes=3 grace=300 poll=30
+accelerator='' machine='' topology='' hosts=1 zone='' project=''
+runtime='' source='' setup='' workdir='' config='' slices=1 max_crashes=3 grace=300 poll=30
 spot='' keep='' dry='' where=(--quiet) create_flags=() ssh_flags=() train_flags=()
 while [ $# -gt 0 ]; do
   value=${1#*=}
   case "$1" in
     --accelerator=*) accelerator=$value ;;
+    --machine_type=*) machine=$value ;;
+    --topology=*) topology=$value ;;
     --runtime_version=*) runtime=$value ;;
-    --zone=* | --project=*) where+=("$1") ;;
+    --zone=*) zone=$value where+=("$1") ;;
+    --project=*) project=$value where+=("$1") ;;
     --slices=*) slices=$value ;;
     --source=?*@?* | --source=?*.whl) source=$value ;;
     --setup=*) setup=$value ;;
@@ -60,7 +69,7 @@ while [ $# -gt 0 ]; do
     --max_crashes=*) max_crashes=$value ;;
     --grace=*) grace=$value ;;
     --poll=*) poll=$value ;;
-    --spot) spot=1 create_flags+=(--spot) ;;
+    --spot) spot=1 ;;
     --keep) keep=1 ;;
     --dry-run) dry=1 ;;
     --config=*) config=$value train_flags+=("$1") ;;
@@ -74,7 +83,30 @@ done
 for number in "$slices" "$max_crashes"; do
   [[ "$number" =~ ^[1-9][0-9]*$ ]] || fail "'$number': --slices and --max_crashes are numbers of 1 or more"
 done
-if [[ "$verb" = up || "$verb" = create ]]; then
+if [ -n "$machine" ]; then
+  [ -n "$zone" ] || fail "--zone is missing: --machine_type=$machine needs it"
+  [ -n "$project" ] || fail "--project is missing: --machine_type=$machine needs it"
+  [ -z "$accelerator" ] || fail "--accelerator=$accelerator and --machine_type=$machine: give one of them"
+  [ "$slices" -eq 1 ] || fail "--slices=$slices: with --machine_type there is one slice"
+  [[ "$machine" =~ -([1-9][0-9]*)t(-tpu)?$ ]] ||
+    fail "--machine_type=$machine: expected CHIPSt at its end, as in tpu7x-standard-4t"
+  chips=${BASH_REMATCH[1]}
+  if [[ "$verb" != logs && "$verb" != stop ]]; then
+    [[ "$topology" =~ ^[1-9][0-9]*x[1-9][0-9]*(x[1-9][0-9]*)?$ ]] ||
+      fail "--topology='$topology': expected the chips of the slice, such as 2x2x2"
+    hosts=$((${topology//x/*} / chips))
+    [ $((hosts * chips)) -eq $((${topology//x/*})) ] ||
+      fail "--topology=$topology: no multiple of the $chips chips of a $machine"
+  fi
+fi
+if [[ "$verb" = up || "$verb" = create ]] && [ -n "$machine" ]; then
+  case "${runtime:-$machine}" in
+    tpu7x-*) runtime=ubuntu-accel-2404-amd64-tpu-tpu7x ;;
+    ct6e-* | ct5p-*) runtime=ubuntu-accel-2204-amd64-tpu-v5e-v5p-v6e ;;
+    "$machine") fail "--runtime_version is missing: the VM image for $machine is not known here" ;;
+  esac
+elif [[ "$verb" = up || "$verb" = create ]]; then
+  if [ -n "$spot" ]; then create_flags=(--spot ${create_flags[@]+"${create_flags[@]}"}); fi
   [ -n "$accelerator" ] || fail "--accelerator is missing, such as --accelerator=v5litepod-16"
   case "${runtime:-$accelerator}" in
     v5litepod-*) runtime=v2-alpha-tpuv5-lite ;;
@@ -111,6 +143,10 @@ fi
 # ---------------------------------------------------------------------------- the run
 # shellcheck source-path=SCRIPTDIR source=tpu_vm_gcloud.sh
 . "$root/launch/tpu_vm_gcloud.sh"
+if [ -n "$machine" ]; then
+  # shellcheck source-path=SCRIPTDIR source=tpu_vm_compute.sh
+  . "$root/launch/tpu_vm_compute.sh"
+fi
 
 prepare() {  # VMs that are ready to train
   acquire
@@ -171,7 +207,7 @@ keep_running() {  # the restart rule; sets status
 }
 
 finish() {  # deletes what `up` has created, ends with status
-  if [[ "$verb$keep" = up ]]; then resources delete --force; else say "$name costs until: $0 delete $name"; fi
+  if [[ "$verb$keep" = up ]]; then destroy; else say "$name costs until: $0 delete $name"; fi
   exit "$status"
 }
 
@@ -197,5 +233,5 @@ case "$verb" in
     ;;
   logs) on_workers 0 '' follow 100 ;;
   stop) on_workers all '' stop ;;
-  delete) resources delete --force ;;
+  delete) destroy ;;
 esac

@@ -1,20 +1,28 @@
 # shellcheck shell=bash disable=SC2154,SC2034  # tpu_vm.sh reads this file; they share variables
-# How tpu_vm.sh talks to gcloud: commands, states, and the way to VMs that are ready to train.
+# How tpu_vm.sh talks to gcloud: commands, states, and the way to VMs that are ready to train. Queued resources of the
+# TPU API; tpu_vm_compute.sh has another state, create_vms, destroy, on_workers and copy_to_all, for Compute Engine.
 exec 3>&1
 export LC_ALL=C
 errors=$(mktemp)
 trap 'rm -f "$errors"' EXIT
-trap 'say "detached; the run goes on, and so does what it costs: $0 logs|stop|delete $name"; exit 130' INT TERM
+interrupted() {
+  # shellcheck disable=SC2046  # a word for each: of several VMs each has an ssh
+  kill $(jobs -p) 2>/dev/null || true
+  say "detached; the run goes on, and so does what it costs: $0 logs|stop|delete $name"
+  exit 130
+}
+trap interrupted INT TERM
 patience=1        # questions without an answer before giving up: one at first, as nobody may be logged in
 pretended=ACTIVE  # the resource's state in a dry run
 
 ask() {  # answer in a dry run, command...: runs the command, or prints it and gives the answer
-  local answer=$1
+  local answer=$1 line
   shift
   if [ -z "$dry" ]; then
     "$@"
   else
-    printf '%q' "$1" >&3 && printf ' %q' "${@:2}" >&3 && echo >&3
+    printf -v line ' %q' "$@"
+    echo "${line:1}" >&3
     printf '%s' "$answer"
   fi
 }
@@ -23,6 +31,15 @@ on_workers() {  # which of them, answer in a dry run, words of the command, quot
   ask "$2" gcloud compute tpus queued-resources ssh "$name" "${where[@]}" --node="$1" --worker="$1" \
     ${ssh_flags[@]+"${ssh_flags[@]}"} --command="bash tpu_vm_worker.sh$(printf ' %q' "${@:3}")"
 }
+copy_to_all() {  # files...
+  ask '' gcloud compute tpus queued-resources scp "$@" "$name:" "${where[@]}" --node=all --worker=all \
+    ${ssh_flags[@]+"${ssh_flags[@]}"}
+}
+create_vms() {
+  resources create "${shape[@]}" --accelerator-type="$accelerator" --runtime-version="$runtime" \
+    ${create_flags[@]+"${create_flags[@]}"}
+}
+destroy() { resources delete --force; }
 
 state_of() {  # answer in a dry run, field, what to describe: "absent" if it does not exist
   local tries
@@ -59,12 +76,11 @@ acquire() {  # waits for the VMs, after asking for them where that has to be
       ACTIVE) return ;;
       absent)
         pretended=ACTIVE
-        resources create "${shape[@]}" --accelerator-type="$accelerator" --runtime-version="$runtime" \
-          ${create_flags[@]+"${create_flags[@]}"} || failures=$((failures + 1))
+        create_vms || failures=$((failures + 1))
         ;;
       FAILED | SUSPENDED | NODE_PREEMPTED | NODE_TERMINATED | NODE_absent)
         if [ "$current" = FAILED ]; then failures=$((failures + 1)); fi
-        resources delete --force
+        destroy
         ;;
     esac
     if [ "$failures" -ge "$max_crashes" ]; then say "creating it has failed $failures times" && exit 1; fi
@@ -81,8 +97,7 @@ install() {
       lmboost configs launch requirements.txt setup.py pyproject.toml README.md || return 1
     files+=("$archive")
   fi
-  ask '' gcloud compute tpus queued-resources scp "${files[@]}" "$name:" "${where[@]}" --node=all --worker=all \
-    ${ssh_flags[@]+"${ssh_flags[@]}"} || return 1
+  copy_to_all "${files[@]}" || return 1
   local what=$source
   if [[ "$source" = *.whl ]]; then what=${source##*/}; fi
   on_workers all '' install ${what:+"$what"} || return 1

@@ -17,7 +17,7 @@ def folder(name: str) -> pathlib.Path:
 
 def recipes() -> list[str]:
     """File names of the recipes that come with lmboost."""
-    return sorted(path.name for path in folder("configs").glob("*.py") if path.name != "__init__.py")
+    return sorted(path.name for path in folder("configs").glob("*.py"))
 
 
 def recipe(path: str, given: str) -> str:

@@ -119,6 +119,17 @@ def test_the_quickstart_of_a_wheel_takes_the_environment_as_it_is(elsewhere, che
     ]
 
 
+@pytest.mark.parametrize(("name", "more"), [("newest", set()), ("oldest", {"jax==0.7.2", "flax==0.11.2"})])
+def test_constraints_have_a_version_of_every_requirement(name, more):
+    requirements = pytest.importorskip("packaging.requirements")
+    plain = lambda name: name.lower().replace("_", "-")  # noqa: E731
+    lines = (runs.ROOT / "constraints" / f"{name}.txt").read_text().splitlines()
+    pinned = dict(map(plain, line.split("==")) for line in lines)
+    for line in [*(runs.ROOT / "requirements.txt").read_text().splitlines(), *more]:
+        needed = requirements.Requirement(line)
+        assert needed.specifier.contains(pinned[plain(needed.name)]), line
+
+
 # ---------------------------------------------------------------- a wheel, without the checkout
 
 

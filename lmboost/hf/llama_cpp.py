@@ -4,6 +4,7 @@ Sources: llama.cpp's convert_hf_to_gguf.py and src/llama-vocab.cpp for the keys 
 of tensors and of keys come from its package, gguf.
 """
 
+import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Mapping
@@ -18,11 +19,16 @@ from lmboost.errors import UserError
 from lmboost.hf import llama_cpp_vocab, weights, writer
 from lmboost.hf.families import LLAMA, QWEN2, QWEN3
 from lmboost.hf.family import Family
+from lmboost.models import rope
 from lmboost.models.model_config import ModelConfig
 
 PREFIX = "gguf:"
 # Llama's features are turned in neighbouring pairs there, Qwen's in two halves, as here.
 _ARCHITECTURES = {LLAMA.architecture: "LLAMA", QWEN2.architecture: "QWEN2", QWEN3.architecture: "QWEN3"}
+# Llama's features have a factor each, which says what llama3's are stretched by.
+_ROPE_SCALINGS = {LLAMA.architecture: ("linear", "llama3"), QWEN2.architecture: ("linear",)}
+_ROPE_SCALINGS |= {QWEN3.architecture: ("linear",)}
+_FACTORS = "rope_freqs.weight"
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
 
@@ -41,8 +47,8 @@ def _lacks(family: Family, model: ModelConfig) -> list[str]:
     """What a model has that transformers' architecture computes, and the file has no place for."""
     expected = {"sliding_window": 0, "mlp_bias": False, "attn_out_bias": False}
     expected |= {"qkv_bias": False} if family is not QWEN2 else {}
-    expected |= {"rope_scaling_factor": 1.0} if model.rope_scaling_factor != 1.0 else {}
-    expected |= {"rope_scaling": "none"} if model.scales_positions else {}
+    if model.scales_positions and model.rope_scaling not in _ROPE_SCALINGS[family.architecture]:
+        expected |= {"rope_scaling_factor": 1.0, "rope_scaling": " or ".join(_ROPE_SCALINGS[family.architecture])}
     return [
         f"{name}={getattr(model, name)!r} (expected {value!r})"
         for name, value in expected.items()
@@ -83,12 +89,17 @@ def export(
             theirs = names.get_name(tensor.name, (".weight", ".bias"))
             # With a raw type the numpy type is not read.
             file.add_tensor_info(theirs, tensor.shape, np.dtype(np.float32), size, gguf.GGMLQuantizationType[kind])
+        factors = _rope_factors(model)
+        if factors is not None:
+            file.add_tensor_info(_FACTORS, factors.shape, factors.dtype, factors.nbytes)
         file.write_header_to_file()
         file.write_kv_data_to_file()
         file.write_ti_data_to_file()
         for tensor, kind in zip(tensors, kinds, strict=True):
             rows = np.concatenate(list(weights.entry(tensor, leaves, kind).blocks()))
             file.write_tensor_data(_turned(rows, tensor, model) if family is LLAMA else rows)
+        if factors is not None:
+            file.write_tensor_data(factors)
     finally:
         file.close()
     return [f"{file.arch} for llama.cpp, {model.num_params():,} parameters in {dtype}, {len(tensors)} tensors"]
@@ -115,6 +126,17 @@ def _add_settings(file: Any, model: ModelConfig, dtype: str, name: str, license:
     file.add_rope_dimension_count(model.head_dim)
     file.add_rope_freq_base(model.rope_theta)
     file.add_layer_norm_rms_eps(model.norm_eps)
+    if model.scales_positions and model.rope_scaling == "linear":
+        file.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        file.add_rope_scaling_factor(model.rope_scaling_factor)
+
+
+def _rope_factors(model: ModelConfig) -> np.ndarray | None:
+    """What each frequency is divided by, float32 [R]; None where no list of them is needed."""
+    if not model.scales_positions or model.rope_scaling != "llama3":
+        return None
+    plain = rope.frequencies(dataclasses.replace(model, rope_scaling_factor=1.0))
+    return np.asarray(plain / rope.frequencies(model), np.float32)
 
 
 def _turned(rows: np.ndarray, tensor: weights.Tensor, model: ModelConfig) -> np.ndarray:

@@ -1,5 +1,6 @@
 """GKE: the JobSet as Kubernetes gets it, xpk's command line, and that a dry run prints what a run runs."""
 
+import pathlib
 import re
 import shlex
 import sys
@@ -170,3 +171,51 @@ def test_the_status_of_the_tool_is_passed_on_and_a_missing_tool_is_named(stand_i
     assert stand_ins.run(*GKE, "delete", "run").returncode == 3
     result = stand_ins.run(*GKE, "delete", "run", PATH=str(stand_ins.home))
     assert result.returncode == 2 and result.stderr == "error: kubectl is not installed, or not on PATH\n"
+
+
+def schema():
+    """{path of an object: {field: type or values}} of a JobSet, and {path: the fields that must be there}."""
+    fields, needed, path = {}, {}, ""
+    for line in (pathlib.Path(__file__).parent / "jobset.txt").read_text().splitlines():
+        if line.startswith("  "):
+            for name, kind in (entry.split(":", 1) for entry in line.split()):
+                fields[path][name.rstrip("!")] = kind
+                needed[path] |= {name[:-1]} if name.endswith("!") else set()
+        elif not line.startswith("#"):
+            path = "" if line == "." else line
+            fields[path], needed[path] = {}, set()
+    return fields, needed
+
+
+TYPES = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
+
+
+def check(value, kind, path, fields, needed):
+    """That a value is of the kind that the schema has at this path, and so is all in it."""
+    if kind not in TYPES:
+        assert value in kind.split("|"), path
+        return
+    assert type(value) is TYPES[kind], path
+    if isinstance(value, list) and f"{path}[]" in fields:
+        for item in value:
+            check(item, "object", f"{path}[]", fields, needed)
+    elif isinstance(value, dict) and path in fields:
+        assert needed[path] <= {*value} <= {*fields[path]}, path
+        for name, inner in value.items():
+            check(inner, fields[path][name], f"{path}.{name}", fields, needed)
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["--slices=2"], ["--spot", "--mount=data:/data", "--env=A=1", "--service_account=s"]]
+)
+def test_every_field_is_one_that_a_jobset_has(stand_ins, flags):
+    check(create(stand_ins, *flags), "object", "", *schema())
+
+
+def test_a_field_that_a_jobset_does_not_have_is_found():
+    fields, needed = schema()
+    good = {"replicatedJobs": [], "failurePolicy": {"maxRestarts": 1, "restartStrategy": "BlockingRecreate"}}
+    check(good, "object", ".spec", fields, needed)
+    for name, wrong in (("maxRestart", 1), ("maxRestarts", "1"), ("restartStrategy", "Never")):
+        with pytest.raises(AssertionError, match=r"\.spec\.failurePolicy"):
+            check({"failurePolicy": {name: wrong}}, "object", ".spec", fields, needed)
