@@ -14,6 +14,7 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Protocol
 
 from lmboost import places
@@ -159,10 +160,15 @@ def _place(out: str | os.PathLike, runner: str) -> pathlib.Path:
     return place
 
 
+def has_beam() -> bool:
+    """Whether Apache Beam is installed."""
+    return importlib.util.find_spec("apache_beam") is not None
+
+
 def _passes(runner: str, beam_options: str, workers: int, report: Callable[[str], None]) -> Passes:
     one_of("runner", runner, RUNNERS)
     if runner != Local.name:
-        if not importlib.util.find_spec("apache_beam"):
+        if not has_beam():
             raise UserError(f'runner={runner!r} needs the package apache-beam: pip install "lmboost[beam]".')
         from lmboost.data.beam import Beam  # only where it is asked for, as it may not be there
 
@@ -286,7 +292,9 @@ def _assemble(partial: pathlib.Path, out: pathlib.Path, plan: Mapping, counted: 
     A directory is built in `partial`/out and renamed; in a bucket the manifest, without which there is no data set,
     comes last.
     """
-    made = [unfinished.read(buckets.done(partial, i), buckets.MADE) for i in range(sum(plan["buckets"]))]
+    paths = [buckets.done(partial, i) for i in range(sum(plan["buckets"]))]
+    with futures.ThreadPoolExecutor(32) as pool:  # of a bucket each is a request
+        made = list(pool.map(lambda path: unfinished.read(path, buckets.MADE), paths))
     written = buckets.full(made, plan)
     shards = buckets.named(written)
     target = out if places.is_remote(out) else partial / "out"
