@@ -21,6 +21,7 @@ setup(
         "gpu": ["jax[cuda12]"],
         "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
         "beam": ["apache-beam>=2.70"],  # prepare --runner; protobuf 6, pyarrow 25
+        "datasets": ["datasets>=4"],  # prepare --source=hub:...; since 4 it runs nobody's scripts
         "notebook": ["ipykernel"],
         "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.

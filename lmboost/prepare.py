@@ -5,7 +5,7 @@ import contextlib
 import os
 
 from lmboost import places
-from lmboost.data import prepare
+from lmboost.data import hub, prepare
 from lmboost.data.sources import MAX_DOCUMENT_BYTES
 from lmboost.errors import UserError, run_flags
 
@@ -19,8 +19,9 @@ def main() -> None:
     add = parser.add_argument
     sources = (
         "a quoted glob ('**' descends) of text, code, lines of JSON or Parquet files, also compressed; "
-        "tfds:NAME[/config][:version][?data_dir=...&split=train] or tfds:DIRECTORY; or stdlib, the sources of Python's "
-        "own library. May be given several times."
+        "tfds:NAME[/config][:version][?data_dir=...&split=train] or tfds:DIRECTORY; of the Hugging Face Hub "
+        f"hub:USER/NAME[@revision][?config=...&split=train], or by name {', '.join(map('hub:{}'.format, hub.NAMES))}; "
+        "or stdlib, the sources of Python's own library. May be given several times."
     )
     add("--source", action="append", required=True, help=sources)
     tokenizers = "a SentencePiece .model, a tokenizer.json, a directory with one of them, or train:SIZE"

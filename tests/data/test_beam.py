@@ -68,6 +68,7 @@ def test_after_a_crash_in_either_pass_it_goes_on(tmp_path, prepared, corpus, arg
 
 
 @beam
+@pytest.mark.slow
 def test_two_worker_processes_that_are_killed_with_the_command(tmp_path, prepared, corpus):
     """What they have left, others go on with."""
     flags = ["--tokenizer=train:320", "--validation_fraction=0.1", "--record_tokens=256", "--shards=3"]
@@ -127,6 +128,10 @@ def test_it_is_written_to_a_bucket(tmp_path, prepared, corpus, arguments, monkey
             records.read_manifest("gs://bucket/sets/data")
         on_beam("gs://bucket/sets/data", corpus, **arguments)
         found = {name.removeprefix("sets/data/"): raw for name, (raw, _) in server.objects.items()}
+        for path in pathlib.Path(corpus).parent.iterdir():  # and sources are read from it
+            server.put(f"texts/{path.name}", path.read_bytes(), {})
+        again = prepare_lib.prepare(tmp_path / "x", ["gs://bucket/texts/*.txt"], **arguments, report=lambda _: None)
+    assert again["fingerprint"] == records.read_manifest(prepared)["fingerprint"]
     assert {name: raw for name, raw in found.items() if raw} == content(prepared)
 
 
