@@ -10,6 +10,7 @@ extras = {
     "gpu": ["jax[cuda12]"],
     "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
     "beam": ["apache-beam>=2.70"],  # prepare --runner; protobuf 6, pyarrow 25
+    "datasets": ["datasets>=4"],  # prepare --source=hub:...; since 4 it runs nobody's scripts
     "notebook": ["ipykernel"],
     "fast": ["fastokens>=0.3.5"],  # a tokenizer.json many times as fast
     "hub": ["huggingface_hub>=1"],  # convert --push

@@ -202,7 +202,8 @@ def move(pairs: Iterable[tuple[os.PathLike, os.PathLike]]) -> None:
         if not is_remote(source) and source.is_file():
             os.replace(source, target)
         elif source.exists():
-            source.replace(target)
+            store, name = fsspec.core.url_to_fs(os.fspath(source))
+            store.mv(name, store._strip_protocol(os.fspath(target)))
 
     pairs = list(pairs)
     if pairs and is_remote(pairs[0][0]):  # each is a request, or several

@@ -4,11 +4,13 @@ python -m lmboost.prepare --source='corpus/**/*.txt' --tokenizer=train:8192 --ou
 """
 
 import argparse
+import contextlib
 import os
 
-from lmboost.data import prepare
+from lmboost import places
+from lmboost.data import hub, prepare
 from lmboost.data.sources import MAX_DOCUMENT_BYTES
-from lmboost.errors import run_flags
+from lmboost.errors import UserError, run_flags
 
 
 def main() -> None:
@@ -20,8 +22,9 @@ def main() -> None:
     add = parser.add_argument
     sources = (
         "a quoted glob ('**' descends) of text, code, lines of JSON or Parquet files, also compressed; "
-        "tfds:NAME[/config][:version][?data_dir=...&split=train] or tfds:DIRECTORY; or stdlib, the sources of Python's "
-        "own library. May be given several times."
+        "tfds:NAME[/config][:version][?data_dir=...&split=train] or tfds:DIRECTORY; of the Hugging Face Hub "
+        f"hub:USER/NAME[@revision][?config=...&split=train], or by name {', '.join(map('hub:{}'.format, hub.NAMES))}; "
+        "or stdlib, the sources of Python's own library. May be given several times."
     )
     add("--source", action="append", required=True, help=sources)
     tokenizers = "a SentencePiece .model, a tokenizer.json, a directory with one of them, or train:SIZE"
@@ -43,14 +46,21 @@ def main() -> None:
     runner = "who does the work: this machine (%(default)s), or a runner of Apache Beam, which may be a cluster"
     add("--runner", default="local", metavar="{" + ",".join(prepare.RUNNERS) + "}", help=runner)
     add("--beam_options", default="", help="the runner's own flags, in quotes: '--direct_num_workers=2 ...'")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=int, default=cores, help="processes (%(default)s)")
+    add("--workers", type=int, help="processes of this machine (one for each of its cores)")
     run_flags(_prepare, parser)
 
 
-def _prepare(out: str, **flags) -> None:
+def _prepare(out: str, runner: str, workers: int | None, **flags) -> None:
     """The verb: says what was made, and what was wrong with the input."""
-    manifest = prepare.prepare(out, **flags)
+    if workers is not None and runner != "local":
+        raise UserError(f"workers={workers} are of this machine: leave it out, and give {runner}'s in --beam_options.")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.ExitStack() as held:
+        if places.is_remote(out):
+            from lmboost.run.lock import Lock  # which imports jax
+
+            held.callback(Lock(f"{out}.partial", "--out").close)
+        manifest = prepare.prepare(out, runner=runner, workers=cores if workers is None else workers, **flags)
     print(f"{out}: vocabulary {manifest['vocab_size']}, records of {manifest['record_tokens']} tokens")
     for split, counts in manifest["splits"].items():
         print(

@@ -8,6 +8,7 @@ import lmboost
 
 OPTIONAL = {  # modules of packages that are not always there
     "lmboost.harness": "lm_eval",
+    "lmboost.data.beam": "apache_beam",
     **{f"lmboost.run.trackers.{name}": name for name in ("wandb", "mlflow", "trackio")},
 }
 

@@ -144,15 +144,16 @@ def describe(
     made: Sequence[Mapping],
     counted: Mapping,
     tokenizer: tokenizer_lib.Tokenizer,
-    arguments: Mapping,
+    plan: Mapping,
 ) -> dict:
     """The manifest of a data set of these shards."""
+    arguments = plan["arguments"]
     problems = {
         name: {"documents": counted["counts"][name], "first": [origin for _, origin in counted["named"][name]]}
         for name in ("invalid", "empty")
     }
     problems["without_tokens"] = {"documents": sum(entry["empty"] for entry in made)}
-    return {
+    manifest = {
         "format": records.FORMAT,
         "fingerprint": records.fingerprint(shards),
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -167,6 +168,7 @@ def describe(
         "versions": {name: importlib.metadata.version(name) for name in _LIBRARIES}
         | {"python": platform.python_version()},
     }
+    return manifest | ({"origins": plan["origins"]} if plan["origins"] else {})
 
 
 @functools.lru_cache(maxsize=1)

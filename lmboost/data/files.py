@@ -1,13 +1,20 @@
-"""The files that a source names: those that a glob matches, and Python's own library."""
+"""The files that a source names, here, in a bucket or on the Hub, and how they are opened."""
 
+import contextlib
 import fnmatch
 import glob
+import hashlib
+import io
 import os
 import pathlib
 import re
 import sysconfig
 from collections.abc import Iterator
+from typing import IO
 
+import fsspec
+
+from lmboost import places
 from lmboost.errors import UserError
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"})
@@ -15,6 +22,8 @@ _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "id
 
 def matches(pattern: str) -> list[str]:
     """The files that a glob matches, in order; a UserError where there are none, or a link leads nowhere."""
+    if places.is_remote(pattern):
+        return _in_bucket(pattern)
     expanded = os.path.expanduser(pattern)
     if os.path.isdir(expanded):
         tfds = os.path.isfile(os.path.join(expanded, "features.json"))
@@ -30,6 +39,84 @@ def matches(pattern: str) -> list[str]:
             f"source={pattern!r} matches no file. Give a glob (quote it, '**' descends), tfds:NAME or stdlib."
         )
     return found
+
+
+def _in_bucket(pattern: str) -> list[str]:
+    places.find(pattern.partition("*")[0], "--source")  # the bucket is there, and what reads it
+    with places.refusing("--source", pattern):
+        store, name = fsspec.core.url_to_fs(pattern)
+        found = sorted(path for path, about in store.glob(name, detail=True).items() if about["type"] == "file")
+    if not found:
+        raise UserError(f"source={pattern!r} matches no object. Give a glob in quotes; '**' descends.")
+    return [places.SCHEME + path for path in found]
+
+
+def opened(path: str) -> io.BufferedReader:
+    """The bytes of a file, wherever it is; what goes wrong is an OSError."""
+    if not places.is_remote(path):
+        return open(path, "rb")
+    with _os_errors():
+        store, name = fsspec.core.url_to_fs(path)
+        return io.BufferedReader(_Remote(store.open(name, "rb")), 1 << 20)
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # each store has its own
+        raise OSError(places.brief(error)) from error
+
+
+class _Remote(io.RawIOBase):
+    """A file of a store."""
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        with _os_errors():
+            raw = self._file.read(len(target))
+        target[: len(raw)] = raw
+        return len(raw)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def size(path: str) -> int:
+    """Bytes of a file, wherever it is."""
+    return _about(path)["size"] if places.is_remote(path) else os.path.getsize(path)
+
+
+def stamp(path: str) -> tuple[int, int]:
+    """The size of a file and a number that another content has not: the time of its change, here."""
+    if not places.is_remote(path):
+        status = os.stat(path)
+        return status.st_size, status.st_mtime_ns
+    about = _about(path)
+    mark = next((str(about[name]) for name in ("etag", "ETag", "generation", "md5Hash") if about.get(name)), "")
+    return about["size"], int.from_bytes(hashlib.sha256(mark.encode()).digest()[:7])
+
+
+def _about(path: str) -> dict:
+    store, name = fsspec.core.url_to_fs(path)
+    return store.info(name)
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import IO
 import pyarrow
 import zstandard
 
+from lmboost.data import files
 from lmboost.errors import UserError
 
 HEAD = 8192  # bytes by which a file is judged; as many as git takes
@@ -96,7 +97,7 @@ def open_text(path: str) -> Iterator[io.BufferedReader]:
 
     Raises a UserError, naming the file, where that is no text, or not compressed as its name says.
     """
-    with open(path, "rb") as file:
+    with files.opened(path) as file:
         kind, first = compression(file.peek(HEAD)), file.peek(1)
         named = _SUFFIXES.get(os.path.splitext(path)[1].lower(), kind)
         if first and kind != named:

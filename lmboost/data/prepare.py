@@ -14,10 +14,11 @@ import pathlib
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Protocol
 
 from lmboost import places
-from lmboost.data import buckets, records, sources, unfinished
+from lmboost.data import buckets, hub, records, sources, unfinished
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.data.local import Local
 from lmboost.errors import UserError, one_of
@@ -115,6 +116,11 @@ def prepare(
         raise UserError(f"out={str(out)!r} exists and is not a prepared data set: choose another --out or remove it.")
     places.check_target(out, f"--out={str(out)!r}")
     units = _find(arguments, report)
+    if runner in REMOTE and (local := [path for unit in units for path in unit.paths if not places.is_remote(path)]):
+        raise UserError(
+            f"source: {runner}'s workers do not see this machine's disk, where {local[0]!r} is: give names that begin "
+            f"with {places.SCHEME} or {hub.PREFIX}."
+        )
     with records.disk_errors(partial), unfinished.locked(partial):
         plan = _plan(partial, arguments, units, passes, report)
         counted = passes.spread(partial, units, plan, max_document_bytes)
@@ -132,6 +138,8 @@ def _find(arguments: dict, report: Callable[[str], None]) -> list[sources.Unit]:
     """The units of the sources, each with the split that its documents belong to."""
     field = arguments["text_field"]
     units = sources.find(arguments["source"], field)
+    for origin in _origins(arguments):
+        report(f"{origin['source']} is {hub.find(origin['source'])}")
     if validation := arguments.get("validation_source"):
         parts = ((units, "train"), (sources.find(validation, field), "validation"))
         return [dataclasses.replace(unit, part=part) for units, part in parts for unit in units]
@@ -140,6 +148,12 @@ def _find(arguments: dict, report: Callable[[str], None]) -> list[sources.Unit]:
     share = arguments["validation_fraction"]
     report(f"{units[0].paths[0]} is one text: its last {share:.1%} are the validation split")
     return [dataclasses.replace(units[0], part="ends")]
+
+
+def _origins(arguments: Mapping) -> list[dict[str, str]]:
+    """Where the documents of corpora of the Hub come from, and their licence."""
+    named = [*arguments["source"], *arguments.get("validation_source", ())]
+    return [{"source": name} | hub.find(name).origin for name in named if name.startswith(hub.PREFIX)]
 
 
 def _place(out: str | os.PathLike, runner: str) -> pathlib.Path:
@@ -160,10 +174,15 @@ def _place(out: str | os.PathLike, runner: str) -> pathlib.Path:
     return place
 
 
+def has_beam() -> bool:
+    """Whether Apache Beam is installed."""
+    return importlib.util.find_spec("apache_beam") is not None
+
+
 def _passes(runner: str, beam_options: str, workers: int, report: Callable[[str], None]) -> Passes:
     one_of("runner", runner, RUNNERS)
     if runner != Local.name:
-        if not importlib.util.find_spec("apache_beam"):
+        if not has_beam():
             raise UserError(f'runner={runner!r} needs the package apache-beam: pip install "lmboost[beam]".')
         from lmboost.data.beam import Beam  # only where it is asked for, as it may not be there
 
@@ -221,7 +240,13 @@ def _plan(
     train = arguments["shards"] or max(-(-size // _SHARD_BYTES), min(16, -(-size // _SMALL_SHARD_BYTES)), 1)
     validation = max(1, round(train * arguments["validation_fraction"]))
     digest = hashlib.sha256(repr(list(units)).encode()).hexdigest()
-    plan = {"arguments": arguments, "buckets": [train, validation], "units": digest, "passes": passes.name}
+    plan = {
+        "arguments": arguments,
+        "buckets": [train, validation],
+        "units": digest,
+        "passes": passes.name,
+        "origins": _origins(arguments),
+    }
     path = partial / unfinished.PLAN
     if path.is_file():
         earlier = unfinished.read(path, {"arguments": dict})
@@ -287,7 +312,9 @@ def _assemble(partial: pathlib.Path, out: pathlib.Path, plan: Mapping, counted: 
     A directory is built in `partial`/out and renamed; in a bucket the manifest, without which there is no data set,
     comes last.
     """
-    made = [unfinished.read(buckets.done(partial, i), buckets.MADE) for i in range(sum(plan["buckets"]))]
+    paths = [buckets.done(partial, i) for i in range(sum(plan["buckets"]))]
+    with futures.ThreadPoolExecutor(32) as pool:  # of a bucket each is a request
+        made = list(pool.map(lambda path: unfinished.read(path, buckets.MADE), paths))
     written = buckets.full(made, plan)
     shards = buckets.named(written)
     target = out if places.is_remote(out) else partial / "out"
@@ -301,7 +328,7 @@ def _assemble(partial: pathlib.Path, out: pathlib.Path, plan: Mapping, counted: 
         shutil.copytree(tokenizer, local / "tokenizer", dirs_exist_ok=True)
         records.write_tfds_metadata(local, shards, plan["arguments"]["record_tokens"])
     tokenizer = buckets.load_once(partial / "tokenizer")
-    manifest = buckets.describe(shards, made, counted, tokenizer, plan["arguments"])
+    manifest = buckets.describe(shards, made, counted, tokenizer, plan)
     records.write_json(target / records.MANIFEST, manifest)
     if target != out:
         places.sync_tree(target)

@@ -158,9 +158,16 @@ def shard_name(split: str, index: int, count: int) -> str:
 
 
 def write_tfds_metadata(directory: pathlib.Path, shards: dict[str, list[Shard]], record_tokens: int) -> None:
-    """Writes dataset_info.json and features.json, with which `tfds.builder_from_directory` opens `directory`."""
+    """Writes dataset_info.json and features.json, with which `tfds.builder_from_directory` opens `directory`.
+
+    The shards may be elsewhere yet.
+    """
     import tensorflow_datasets as tfds  # only the writer needs it: others start faster
 
+    files = [directory / shard.file for split in SPLITS for shard in shards[split]]
+    absent = [file for file in files if not file.exists()]
+    for file in absent:
+        file.touch()  # TFDS looks for the names, not for what is in them
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory,
         dataset_name=_NAME,
@@ -189,6 +196,8 @@ def write_tfds_metadata(directory: pathlib.Path, shards: dict[str, list[Shard]],
         check_data=False,
         description="Token records of lmboost: a record's last token is the first of the next record of its shard.",
     )
+    for file in absent:
+        file.unlink()
 
 
 def fingerprint(shards: dict[str, list[Shard]]) -> str:

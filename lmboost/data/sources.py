@@ -1,9 +1,10 @@
-"""Documents from files: text and code by glob, JSONL, Parquet, TFDS, and the Python standard library.
+"""Documents from files: text and code by glob, JSONL, Parquet, TFDS, the Hub, and the Python standard library.
 
 `find` turns what the user names into units, each of which `read` can read on its own in another process. What a file
 holds is said by its bytes, see `formats`.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -17,13 +18,14 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from lmboost import strict_json
-from lmboost.data import files, formats
+from lmboost import places, strict_json
+from lmboost.data import files, formats, hub
 from lmboost.errors import UserError
 
 _UNIT_BYTES = 16_000_000  # text per unit where a source can be divided
 _UNIT_FILES = 256
 _COMPRESSION = 4  # how much larger than its file compressed text is taken to be; only sizes the shards
+_PACKED = 2  # the same of Parquet
 MAX_DOCUMENT_BYTES = 1 << 30
 
 
@@ -50,7 +52,7 @@ class Unit:
       paths: files, one document each ("text"), or one file; for "tfds" the data set's directory.
       stamps: size and modification time of each path, so that a changed source is noticed.
       size: estimated bytes of text.
-      start, stop: row groups ("parquet") or examples ("tfds").
+      start, stop: row groups ("parquet"; all of them where both are 0) or examples ("tfds").
       split: the TFDS split.
       part: the split of the data set that all of its documents belong to; "": their hashes decide; "ends": the text
         that it is begins in one and ends in the other.
@@ -70,29 +72,41 @@ def find(sources: Sequence[str], text_field: str = "text") -> list[Unit]:
     """The units of `sources`, in a fixed order; a file that has two names is read once.
 
     A source is a glob (`**` allowed) of files of text, code, lines of JSON, or Parquet, also compressed;
-    `tfds:NAME[/config][:version][?data_dir=...&split=train]` or `tfds:DIRECTORY`; or `stdlib`.
+    `tfds:NAME[/config][:version][?data_dir=...&split=train]` or `tfds:DIRECTORY`; `hub:NAME`, see `hub`; or `stdlib`.
     """
-    known: dict[tuple[int, int], str] = {}  # by what the file system knows them as
+    known: dict[tuple, str] = {}  # by what the file system knows them as
     units: list[Unit] = []
     for source in sources:
         if source.startswith("tfds:"):
             units.extend(_tfds_units(source, text_field))
             continue
-        for path in files.standard_library() if source == "stdlib" else files.matches(source):
-            status = os.stat(path)
-            known.setdefault((status.st_dev, status.st_ino), path)
+        for path in _paths(source):
+            known.setdefault(_identity(path), path)
     texts = []
     for path in known.values():
         formats.refuse_tables(path)
         if formats.is_parquet(path):
             units.extend(_parquet_units(path, text_field))
         elif formats.is_json_lines(path):
-            units.append(Unit("jsonl", (path,), (_stamp(path),), _text_size(path)))
+            units.append(Unit("jsonl", (path,), (files.stamp(path),), _text_size(path)))
         else:
             texts.append(path)
     for group in grouped(texts, _text_size, _UNIT_BYTES, _UNIT_FILES):
-        units.append(Unit("text", tuple(group), tuple(map(_stamp, group)), sum(map(_text_size, group))))
+        units.append(Unit("text", tuple(group), tuple(map(files.stamp, group)), sum(map(_text_size, group))))
     return units
+
+
+def _paths(source: str) -> list[str]:
+    if source == "stdlib":
+        return files.standard_library()
+    return list(hub.find(source).paths) if source.startswith(hub.PREFIX) else files.matches(source)
+
+
+def _identity(path: str) -> tuple:
+    if places.is_remote(path):
+        return (path,)
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def grouped(items: Sequence, size: Callable[[Any], int], enough: int, most: float = math.inf) -> Iterator[list]:
@@ -152,13 +166,8 @@ def _too_long(origin: str, most: int) -> UserError:
     )
 
 
-def _stamp(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_size, status.st_mtime_ns
-
-
 def _text_size(path: str) -> int:
-    return os.path.getsize(path) * (_COMPRESSION if formats.is_compressed(path) else 1)
+    return files.size(path) * (_COMPRESSION if formats.is_compressed(path) else 1)
 
 
 def _decode(raw: bytes) -> tuple[str, bool]:
@@ -229,22 +238,34 @@ def _json_document(raw: bytes, origin: str, text_field: str) -> Document:
     return _document(entry[text_field], origin, valid)
 
 
-def _parquet_units(path: str, text_field: str) -> list[Unit]:
-    with formats.readable(path), pyarrow.parquet.ParquetFile(path) as file:
+@contextlib.contextmanager
+def _parquet(path: str, text_field: str) -> Iterator[pyarrow.parquet.ParquetFile]:
+    with formats.readable(path), files.opened(path) as opened, pyarrow.parquet.ParquetFile(opened) as file:
         names = file.schema_arrow.names
+        if text_field not in names:
+            raise UserError(
+                f"{path}: no column {text_field!r}; it has: {', '.join(names)}. Choose one with --text_field."
+            )
+        yield file
+
+
+def _parquet_units(path: str, text_field: str) -> list[Unit]:
+    if places.is_remote(path):  # there may be many, and to look into each takes its time
+        return [Unit("parquet", (path,), (files.stamp(path),), files.size(path) * _PACKED)]
+    with _parquet(path, text_field) as file:
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
-    if text_field not in names:
-        raise UserError(f"{path}: no column {text_field!r}; it has: {', '.join(names)}. Choose one with --text_field.")
     runs = grouped(range(len(sizes)), lambda row_group: sizes[row_group], _UNIT_BYTES)
-    return [Unit("parquet", (path,), (_stamp(path),), sum(sizes[i] for i in run), run[0], run[-1] + 1) for run in runs]
+    return [
+        Unit("parquet", (path,), (files.stamp(path),), sum(sizes[i] for i in run), run[0], run[-1] + 1) for run in runs
+    ]
 
 
 def _read_parquet(unit: Unit, text_field: str, most: int) -> Iterator[Document]:
     del most
     (path,) = unit.paths
-    with formats.readable(path), pyarrow.parquet.ParquetFile(path) as file:
+    with _parquet(path, text_field) as file:
         row = sum(file.metadata.row_group(i).num_rows for i in range(unit.start))
-        groups = list(range(unit.start, unit.stop))
+        groups = list(range(unit.start, unit.stop or file.metadata.num_row_groups))
         for batch in file.iter_batches(batch_size=256, row_groups=groups, columns=[text_field]):
             for value in _values(batch.column(0)):
                 yield _document(value, f"{path}:row {row}")
@@ -278,7 +299,7 @@ def _tfds_units(source: str, text_field: str) -> list[Unit]:
     paths = (directory, *sorted(os.fspath(path) for path in facts.filepaths))
     if missing := [path for path in paths if not os.path.exists(path)]:
         raise UserError(f"source={source!r}: {missing[0]} does not exist; the data set is not complete.")
-    stamps = tuple(map(_stamp, paths[1:]))
+    stamps = tuple(map(files.stamp, paths[1:]))
     return [
         Unit("tfds", (directory,), stamps, size * (min(i + step, count) - i) // count, i, min(i + step, count), split)
         for i in range(0, count, step)
