@@ -197,7 +197,8 @@ def make(config: ConfigDict, workdir: str, platform: str, num_devices: int) -> P
         )
     train_data, validation_data = _data(config, student)
     _check_tasks(config)
-    trackers.check(trackers.names_of(config.log.trackers, config.log.tensorboard))
+    if workdir:
+        trackers.check(trackers.names_of(config.log.trackers, config.log.tensorboard))
     _check_init(config)
     scored = Scored.find(config.teacher.targets) if config.teacher.targets else None
     teacher, scorer = answers.helpers(scored, config) if scored else _helpers(config, train_data, platform)

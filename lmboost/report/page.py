@@ -98,22 +98,24 @@ def _looks(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
 def _run(row: Mapping[str, Any], name: str, unfolded: bool) -> str:
     """What is known of a run's training: its terms, and how much of each help there was, until when."""
     training, figures = row["training"], []
-    ends = [(help_["tokens"], f"{of} ended") for of, help_ in row["helps"].items() if help_["ended"]]
+    ends = [(help_["tokens"], f"{which} ended") for which, help_ in row["helps"].items() if help_["ended"]]
     for caption, wanted in PANELS:
         found = [metric for metric in wanted if metric in training]
         if found == ["loss", "ce"] and np.allclose(*map(_column, (training["loss"], training["ce"])), equal_nan=True):
             found = ["loss"]  # it has no other term
         lines = [
-            Line(metric, i, _column(training["tokens"]), _column(training[metric])) for i, metric in enumerate(found, 1)
+            Line(metric, i % (COLOURS - 1) + 1, _column(training["tokens"]), _column(training[metric]))
+            for i, metric in enumerate(found)
         ]
         if lines:
             names = legend(lines) if len(lines) > 1 else ""
             figures.append(f"<div>{chart(caption, lines, AXES['tokens'][1], ends=ends)}{names}</div>")
     helps = [
-        f"{of} {'until' if help_['ended'] else 'to the end,'} step {help_['step']} ({short(help_['tokens'])} tokens)"
-        for of, help_ in row["helps"].items()
+        f"{which} {'until' if help_['ended'] else 'to the end,'} step {help_['step']} ({short(help_['tokens'])} tokens)"
+        for which, help_ in row["helps"].items()
     ]
-    about = f"Help: {', '.join(helps)}." if helps else "No help."
+    about = f"Help: {', '.join(helps)}." if helps else "No help." if training else "Its training lines have no numbers."
+    about += " Dotted lines are where one ended." if ends else ""
     state = " open" if unfolded else ""
     body = f'<div class="grids">{"".join(figures)}</div>' if figures else ""
     return (

@@ -20,6 +20,7 @@ import pytest
 from lmboost import places
 from lmboost.errors import UserError
 from lmboost.run import lock, logdir, metrics
+from lmboost.run.trackers import table
 from tests import gcs, runs
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("gcsfs"), reason='needs pip install -e ".[gcs]"')
@@ -117,6 +118,8 @@ def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, serv
             directory.sync()
             wait(directory)
             assert len(server.requests) == before, "what has not changed stays as it is"
+        with open(os.path.join(directory.path, "trackers.json"), "w") as file:
+            file.write('{"mlflow": "a run"}')
         os.makedirs(os.path.join(directory.path, "profile", "host"))
         with open(os.path.join(directory.path, "profile", "host", "trace"), "wb") as file:
             file.write(b"trace")
@@ -128,6 +131,7 @@ def test_small_files_go_to_the_bucket_and_a_restart_goes_on_from_them(root, serv
     ):
         writers.write(3, {"loss": 9.0})
     with closing(logdir.LogDir(str(root))) as directory:
+        assert table.Ids(directory.path).get("mlflow") == "a run"
         assert [line["loss"] for line in metrics.read(directory.path)] == [1.0, 2.0, 9.0]
     assert [line["loss"] for line in metrics.read(str(root))] == [1.0, 2.0, 9.0]
     assert len(list((root / "tensorboard").iterdir())) == 2, "a file of each start"

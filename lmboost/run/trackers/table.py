@@ -46,7 +46,7 @@ def names_of(given: str, tensorboard: bool = True) -> tuple[str, ...]:
 def check(names: Sequence[str]) -> None:
     """Raises a UserError where one of them cannot be used on this machine."""
     for name in names:
-        if jax.process_index() == 0:  # the others write nothing
+        if TRACKERS[name].waits and jax.process_index() == 0:  # the other processes write nothing
             find(name).check_machine()
 
 
