@@ -20,7 +20,9 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
         "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
-        "beam": ["apache-beam>=2.70"],  # prepare --runner; protobuf 6, pyarrow 25
+        # prepare --runner, in an environment of its own: Beam has protobuf 6, `convert` may need 7 for SentencePiece.
+        "beam": ["apache-beam>=2.70"],
+        "dataflow": ["apache-beam[gcp]>=2.70", "etils[epath-gcs]"],
         "datasets": ["datasets>=4"],  # prepare --source=hub:...; since 4 it runs nobody's scripts
         "notebook": ["ipykernel"],
         "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
