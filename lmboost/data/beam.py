@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import apache_beam
 from apache_beam import pvalue
 from apache_beam.options import pipeline_options
+from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
-from apache_beam.runners.runner import PipelineRunner
+from apache_beam.runners.runner import PipelineRunner, create_runner
 from etils import epath
 
 from lmboost.data import buckets as buckets_lib
@@ -105,6 +106,8 @@ def _options(runner: str, given: str) -> pipeline_options.PipelineOptions:
                 f"beam_options={given!r}: {wrong[0]} is no flag of {runner}. Expected flags such as '--NAME=VALUE', as "
                 "Beam's documentation has them."
             )
+    if missing := PipelineOptionsValidator(options, create_runner(runner)).validate():
+        raise UserError(f"beam_options={given!r}: {runner} says: {' '.join(missing)}")
     return options
 
 

@@ -36,7 +36,7 @@ def matches(pattern: str) -> list[str]:
     found = [path for path in found if os.path.isfile(path)]
     if not found:
         raise UserError(
-            f"source={pattern!r} matches no file. Give a glob (quote it, '**' descends), tfds:NAME or stdlib."
+            f"source={pattern!r} matches no file. Give a glob (quote it, '**' descends), hub:NAME, tfds:NAME or stdlib."
         )
     return found
 

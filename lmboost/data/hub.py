@@ -102,7 +102,7 @@ def _ask(source: str, corpus: Corpus, revision: str | None, config: str, split: 
     except Exception as error:  # of the network, the Hub and the library, each has its own
         raise UserError(
             f"source={source!r}: the Hub does not give {corpus.repository} ({places.brief(error)}). Mend the name, "
-            "revision or config; of a gated one accept its terms and log in (hf auth login)."
+            "revision, config or network; of a gated one accept its terms and log in (hf auth login)."
         ) from error
     there = builder.config.data_files or {}
     if split not in there:

@@ -184,6 +184,8 @@ def _passes(runner: str, beam_options: str, workers: int, report: Callable[[str]
     if runner != Local.name:
         if not has_beam():
             raise UserError(f'runner={runner!r} needs the package apache-beam: pip install "lmboost[beam]".')
+        if runner == "DataflowRunner" and not importlib.util.find_spec("apitools"):
+            raise UserError(f'runner={runner!r} needs the packages of Google Cloud: pip install "lmboost[dataflow]".')
         from lmboost.data.beam import Beam  # only where it is asked for, as it may not be there
 
         return Beam(runner, beam_options, report)

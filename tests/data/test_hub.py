@@ -72,6 +72,10 @@ def write_repository(directory, texts):
 def test_they_are_read_from_the_hub(tmp_path, prepared, corpus, texts, arguments):
     pytest.importorskip("datasets")
     write_repository(tmp_path / "hub" / "allenai" / "c4", texts)
+    script = tmp_path / "hub" / "some" / "script"
+    script.mkdir(parents=True)
+    (script / "README.md").write_text("a card")
+    (script / "script.py").write_text("raise SystemExit('it ran')")
     out = lambda name: str(tmp_path / name)  # noqa: E731
     with datasets_hub.serve(tmp_path / "hub", tmp_path / "home") as environment:
         said = ask(
@@ -83,6 +87,7 @@ def test_they_are_read_from_the_hub(tmp_path, prepared, corpus, texts, arguments
             (out("x"), ["hub:c4@v2"], arguments),
             (out("x"), ["hub:c4?config=fr"], arguments),
             (out("x"), ["hub:some/body"], arguments),
+            (out("x"), ["hub:some/script"], arguments),
             (out("x"), ["hub:c4?config=odd"], arguments),
             (out("x"), ["hub:c4?config=rows"], arguments | {"text_field": "content"}),
         )
@@ -101,6 +106,7 @@ def test_they_are_read_from_the_hub(tmp_path, prepared, corpus, texts, arguments
             r"source='hub:c4@v2': the Hub does not give allenai/c4 \(RevisionNotFound",
             r"source='hub:c4\?config=fr': the Hub does not give allenai/c4 \(ValueError: BuilderConfig 'fr' not found",
             r"source='hub:some/body': the Hub does not give some/body \(RepositoryNotFound",
+            r"source='hub:some/script': the Hub does not give some/script .* scripts are no longer supported",
             r"x.csv is a table",
             r"0.parquet: no column 'content'; it has: text. Choose one with --text_field",
         ),
