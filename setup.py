@@ -20,7 +20,8 @@ setup(
         "tpu": ["jax[tpu]"],
         "gpu": ["jax[cuda12]"],
         "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
-        "notebook": ["ipykernel"],
+        # Notebooks, the download of a teacher in them, and running them from top to bottom.
+        "notebook": ["ipykernel", "huggingface_hub", "nbclient"],
         "int8": ["qwix>=0.1.8"],  # teacher.quantize; needs flax 0.12
         # What some tests compare with; lmboost itself reads and writes Hub directories without them.
         "peers": ["torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10", "qwix>=0.1.8"],
