@@ -9,9 +9,11 @@ extras = {
     "tpu": ["jax[tpu]"],
     "gpu": ["jax[cuda12]"],
     "gcs": ["etils[epath-gcs]"],  # --workdir=gs://...
-    "beam": ["apache-beam>=2.70"],  # prepare --runner; protobuf 6, pyarrow 25
+    # prepare --runner, in an environment of its own: Beam has protobuf 6, `convert` may need 7 for SentencePiece.
+    "beam": ["apache-beam>=2.70"],
+    "dataflow": ["apache-beam[gcp]>=2.70", "etils[epath-gcs]"],
     "datasets": ["datasets>=4"],  # prepare --source=hub:...; since 4 it runs nobody's scripts
-    "notebook": ["ipykernel"],
+    "notebook": ["ipykernel", "huggingface_hub", "nbclient"],  # to use them, fetch a teacher in them, run them whole
     "fast": ["fastokens>=0.3.5"],  # a tokenizer.json many times as fast
     "hub": ["huggingface_hub>=1"],  # convert --push
     "gguf": ["gguf>=0.17"],  # convert --out=gguf:FILE

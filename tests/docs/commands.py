@@ -24,8 +24,8 @@ ELSEWHERE = {
     "docker": "has no engine here; tests/launch reads the Dockerfile",
     "gcloud": "needs an account",
     "scancel": "needs a cluster",
-    "launch/tpu_vm.sh": "tests/launch, with a stand-in for gcloud",
-    "python launch/gke.py": "tests/launch, with a stand-in for kubectl",
+    "launch/tpu_vm.sh": "says what it would do, in test_pages.py; tests/launch has a stand-in for gcloud",
+    "python launch/gke.py": "the same, of kubectl",
     "python -m lmboost.aot": "tests/aot: it compiles for minutes",
     "python -m lmboost.evaluate --checkpoint=runs/large --tasks": "tests/test_harness.py: tasks lie on the Hub",
 }

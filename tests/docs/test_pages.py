@@ -5,7 +5,9 @@ import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
+import code_reference
 import config_reference
 import pytest
 import track_tables
@@ -76,6 +78,21 @@ def test_shellcheck_has_nothing_to_say_of_the_pages_commands(tmp_path):
     assert result.returncode == 0, result.stdout
 
 
+LAUNCHERS = [
+    one for page in PAGES for one in of_page(page) if "launch/tpu_vm.sh" in one.words or "launch/gke.py" in one.words
+]
+
+
+@pytest.mark.parametrize("command", LAUNCHERS, ids=lambda one: "-".join(one.words[:3]).replace("/", "-"))
+def test_launchers_say_what_they_would_do(command):
+    if "python" in command.words:
+        pytest.importorskip("yaml")
+    words = [sys.executable if word == "python" else word for word in command.words]
+    result = subprocess.run([*words, "--dry-run"], cwd=ROOT, text=True, capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.search("^(gcloud|kubectl) ", result.stdout, re.MULTILINE)
+
+
 def test_links_of_a_page_lead_to_pages_of_the_site():
     pages = pytest.importorskip("pages", reason="the site needs mkdocs: pip install -e '.[docs]'")
     places = {"docs/start.md": "start.md", "benchmarks/results/pods.md": "measured/pods.md", "configs": "recipes.md"}
@@ -97,3 +114,9 @@ def test_every_page_has_a_place_in_the_menu():
     menu = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     names = {path.relative_to(ROOT / "docs").as_posix() for path in pathlib.Path(ROOT / "docs").rglob("*.md")}
     assert names <= {*re.findall(r": ([\w/-]+\.md)$", menu, re.MULTILINE)}
+
+
+def test_every_module_is_in_the_reference():
+    listed = re.findall(r"^::: ([\w.]+)$", "\n".join(code_reference.pages().values()), re.MULTILINE)
+    paths = [path.relative_to(ROOT) for path in (ROOT / "lmboost").rglob("*.py") if not path.stem.startswith("__")]
+    assert sorted(listed) == sorted(".".join(path.with_suffix("").parts) for path in paths)
