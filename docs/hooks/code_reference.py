@@ -14,6 +14,7 @@ FOLDERS = {
     "hf": "models in the Hub's format",
     "data": "text to token records, and batches of them",
     "run": "what surrounds the loop: checkpoints, logs, lock, watchdog, several processes",
+    "report": "runs compared: numbers, tables, plots, a page",
     "aot": "a step compiled for a pod that is not here",
 }
 
