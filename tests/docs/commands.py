@@ -30,6 +30,7 @@ ELSEWHERE = {
     "python -m venv beam": "tests/data/test_beam.py",
     "beam/bin/": "the same",
     "python -m lmboost.prepare --source=hub:": "tests/data/test_hub.py, with a stand-in for the Hub",
+    "python -m lmboost.prepare '--source=hub:": "the same",
     "lmboost convert --source=runs/large --out=gguf:": "tests/hf/test_llama_cpp.py: gguf is not in every environment",
     "lmboost convert --source=runs/large --out=hf:models/sent": "tests/hf/test_upload.py, with a stand-in for the Hub",
     "python -m lmboost.train --config=configs/quickstart.py:plain": "tests/run/test_trackers.py: nor is wandb",
