@@ -2,7 +2,7 @@
 
 import dataclasses
 import html
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -47,6 +47,7 @@ def chart(
     limits: tuple[float, float] | None = None,
     level: float | None = None,
     ends: Sequence[tuple[float, str]] = (),
+    told: Callable[[float], str] = short,
 ) -> str:
     """A figure of lines.
 
@@ -55,6 +56,7 @@ def chart(
       limits: of y; None is from 0, or the lowest number, to the highest.
       level: where a dashed line goes across.
       ends: (x, what) of vertical lines.
+      told: how x is written.
     """
     right = max((float(np.nanmax(line.x)) for line in lines), default=0.0) or 1.0
     low, high = limits or _extent(lines)
@@ -66,9 +68,9 @@ def chart(
     for x, what in ends:
         shapes.append(f'<path class="end" d="M{place_x(x):.1f} 0V{_SIZE}"><title>{html.escape(what)}</title></path>')
     for line in lines[::-1]:  # the first one above the others
-        shapes += _drawn(line, place_x, place_y)
+        shapes += _drawn(line, place_x, place_y, told)
     y_texts = [f'<span style="top:{place_y(y) / _SIZE:.2%}">{y:.4g}</span>' for y in y_ticks]
-    x_texts = [f'<span style="left:{x / right:.2%}">{short(x)}</span>' for x in x_ticks]
+    x_texts = [f'<span style="left:{x / right:.2%}">{told(x)}</span>' for x in x_ticks]
     named = f'aria-label="{html.escape(caption)}"'
     return (
         f"<figure><figcaption>{html.escape(caption)}</figcaption>"
@@ -91,14 +93,14 @@ def bars(rows: Sequence[tuple[str, Sequence[float]]], kinds: Sequence[str]) -> s
     """Shares of a whole (name, one number for each kind) as bars, and what their colours are."""
     drawn, there = [], [i for i in range(len(kinds)) if any(shares[i] >= 0.0005 for _, shares in rows)]
     for name, shares in rows:
-        told = [html.escape(f"{kind}: {share:.1%}") for kind, share in zip(kinds, shares, strict=True)]
-        parts = [f'<i class="k{i}" style="flex-grow:{shares[i]:.4f}" title="{told[i]}"></i>' for i in there]
+        titles = [html.escape(f"{kind}: {share:.1%}") for kind, share in zip(kinds, shares, strict=True)]
+        parts = [f'<i class="k{i}" style="flex-grow:{shares[i]:.4f}" title="{titles[i]}"></i>' for i in there]
         drawn.append(f"<dt>{html.escape(name)}</dt><dd>{''.join(parts)}</dd>")
     items = [f'<li><i class="k{i}"></i>{html.escape(kinds[i])}</li>' for i in there]
     return f'<ul class="legend">{"".join(items)}</ul><dl class="bars">{"".join(drawn)}</dl>'
 
 
-def _drawn(line: Line, place_x, place_y) -> list[str]:
+def _drawn(line: Line, place_x, place_y, told: Callable[[float], str]) -> list[str]:
     there = np.isfinite(line.x) & np.isfinite(line.y)
     path, pen = [], "M"
     for x, y, known in zip(line.x, line.y, there, strict=True):
@@ -109,7 +111,7 @@ def _drawn(line: Line, place_x, place_y) -> list[str]:
     if line.dots or there.sum() == 1:
         shapes += [
             f'<path class="dot c{line.colour}" d="M{place_x(x):.1f} {place_y(y):.1f}h0"><title>'
-            f"{html.escape(line.name)}: {y:.4f} at {short(x)}</title></path>"
+            f"{html.escape(line.name)}: {y:.4f} at {told(x)}</title></path>"
             for x, y in zip(line.x[there], line.y[there], strict=True)
         ]
     return shapes

@@ -16,10 +16,10 @@ from lmboost.report.style import CSS
 from lmboost.report.tables import TIMES, Table, title
 from lmboost.run.progress import short
 
-AXES = {  # what a curve is drawn over: its name, and its label
-    "tokens": ("Tokens", "training tokens"),
-    "flops": ("FLOPs", "FLOPs, helpers included"),
-    "seconds": ("Seconds", "seconds of training steps"),
+AXES = {  # what a curve is drawn over: its name, its label, and how its numbers are written
+    "tokens": ("Tokens", "training tokens", short),
+    "flops": ("FLOPs", "FLOPs, helpers included", "{:.3g}".format),
+    "seconds": ("Seconds", "seconds of training steps", short),
 }
 _MANY = 4  # runs; the parts of more are folded up at first
 _LOSSES = ("loss", "ce", "teacher_ce", *(name for name in terms.MAIN_METRICS if name not in ("align", "kept_fraction")))
@@ -66,7 +66,7 @@ def of(report: Mapping[str, Any], tables: Sequence[Table], notes: Sequence[str])
 def _losses(target: float, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """The curves over what they cost, one cost at a time."""
     switch, panels, whole = [], [], []
-    for axis, (word, label) in AXES.items():
+    for axis, (word, label, told) in AXES.items():
         lines = [
             Line(name, colour, _column(row["curve"][axis]), _column(row["curve"]["val_loss"]), dashes, dots=True)
             for row, name, (colour, dashes) in zip(rows, names, _looks(rows), strict=True)
@@ -76,7 +76,7 @@ def _losses(target: float, rows: Sequence[Mapping[str, Any]], names: Sequence[st
             continue
         known = [(line.x[at], line.y[at]) for line in lines if (at := np.isfinite(line.x)).any()]
         caption = f"Validation loss, nats per token; dashed: the baseline's end, {target:.4f}"
-        figure = chart(caption, lines, label, limits(known, target), target)
+        figure = chart(caption, lines, label, limits(known, target), target, told=told)
         checked = "" if switch else " checked"
         switch.append(f'<input type="radio" name="by" id="by-{axis}"{checked}><label for="by-{axis}">{word}</label>')
         panels.append(f'<div class="panel large by-{axis}">{figure}</div>')
