@@ -109,7 +109,8 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
         header = strict_json.parse(file.read(length), f"the header of {path}", {}, "Download it again.")
     header.pop("__metadata__", None)
     entry = {"dtype": str, "shape": [int], "data_offsets": [int]}
-    strict_json.check(header, dict.fromkeys(header, entry), f"the header of {path}", "Download it again.")
+    expected = {f"{name}?": entry for name in header}  # all of them are there; one may itself end in "?"
+    strict_json.check(header, expected, f"the header of {path}", "Download it again.")
     tensors, end = {}, 0
     for name, value in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, offsets = value["dtype"], tuple(value["shape"]), value["data_offsets"]

@@ -87,6 +87,10 @@ DAMAGE = {
         lambda d: (d / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"x" * 100),
         "header of .* is not readable JSON",
     ),
+    "null for a tensor": (
+        lambda d: (d / "model.safetensors").write_bytes((14).to_bytes(8, "little") + b'{"what?":null}'),
+        r"header of .*: what\? is None, expected an object",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "config is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not readable JSON"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json: the whole is a list, expected"),

@@ -111,7 +111,7 @@ def test_a_tokenizer_json_of_more_tokens_beside_a_model_is_not_written_for_it(tm
 
 
 def test_what_does_all_to_texts_that_qwen_s_does_is_one_of_its_kind(tmp_path):
-    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tokenizer_files._SPLIT_OF_QWEN), "isolated")
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tokenizer_files.SPLIT_OF_QWEN), "isolated")
     path = hub.write_tokenizer(tmp_path, split=split)
     assert tokenizer_files.is_qwen(tokenizer_lib.load(path))
     for at, other in ((("normalizer",), None), (("pre_tokenizer", "pretokenizers", 1, "add_prefix_space"), True)):

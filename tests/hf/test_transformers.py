@@ -106,7 +106,7 @@ def make(name, directory, dtype="float32", **saving):
     model.save_pretrained(directory, **saving)
     split = None
     if architecture == "Qwen2":
-        split = hub.tokenizers.pre_tokenizers.Split(hub.tokenizers.Regex(tokenizer_files._SPLIT_OF_QWEN), "isolated")
+        split = hub.tokenizers.pre_tokenizers.Split(hub.tokenizers.Regex(tokenizer_files.SPLIT_OF_QWEN), "isolated")
     hub.write_tokenizer(directory, split=split)
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -268,7 +268,7 @@ def test_a_qwen2_of_another_tokenizer_is_written_as_a_llama(tmp_path):
 def test_autotokenizer_reads_a_tokenizer_json_as_it_is(name, tmp_path):
     """Whatever it does to texts and whichever class its files name, beside every architecture."""
     bytes_, normal = hub.tokenizers.pre_tokenizers.ByteLevel, hub.tokenizers.normalizers
-    split = hub.tokenizers.pre_tokenizers.Split(hub.tokenizers.Regex(tokenizer_files._SPLIT_OF_QWEN), "isolated")
+    split = hub.tokenizers.pre_tokenizers.Split(hub.tokenizers.Regex(tokenizer_files.SPLIT_OF_QWEN), "isolated")
     parts = {
         "digits": (None, [hub.tokenizers.pre_tokenizers.Digits(individual_digits=True), bytes_(False)]),
         "lower case": (normal.Lowercase(), [bytes_(False)]),
