@@ -49,6 +49,7 @@ hypothesis.settings.load_profile("lmboost")
 LONGEST = (
     "run/test_restarts.py", "run/test_faults.py", "test_hosts.py", "test_train.py", "test_train_step.py",
     "search/test_job.py", "test_start.py", "surgery/test_init_subnet.py", "surgery/test_subnet.py",
+    "docs/test_commands.py", "test_notebooks.py",
 )  # fmt: skip
 
 
