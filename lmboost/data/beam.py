@@ -19,9 +19,10 @@ from apache_beam.options.pipeline_options_validator import PipelineOptionsValida
 from apache_beam.portability.api import beam_provision_api_pb2
 from apache_beam.runners.portability.fn_api_runner import fn_runner
 from apache_beam.runners.portability.portable_runner import JobServiceHandle
-from apache_beam.runners.runner import PipelineRunner, create_runner
+from apache_beam.runners.runner import PipelineRunner, PipelineState, create_runner
 from etils import epath
 
+from lmboost import places
 from lmboost.data import buckets as buckets_lib
 from lmboost.data import records, sources, unfinished
 from lmboost.errors import UserError, nearest
@@ -73,13 +74,27 @@ class Beam:
 
     @contextlib.contextmanager
     def _pipeline(self, partial: epath.Path, done: str) -> Iterator[apache_beam.Pipeline]:
-        """A pipeline that has run when the block ends; a UserError where a worker has refused something."""
+        """A pipeline that has run when the block ends.
+
+        Raises a UserError where a worker has refused something, and where it did not begin or was ended from outside.
+        """
         refused = partial / _REFUSED
         refused.unlink(missing_ok=True)
-        with apache_beam.Pipeline(_runner(self._runner, self._options), self._options) as pipeline:
-            yield pipeline
+        pipeline = apache_beam.Pipeline(_runner(self._runner, self._options), self._options)
+        yield pipeline
+        try:
+            running = pipeline.run()
+        except Exception as error:  # of networks and of what is to be fetched, each has its own
+            if self._runner == "DirectRunner":  # this was the run
+                raise
+            raise UserError(
+                f"--runner={self._runner} does not begin ({places.brief(error)}): mend --beam_options or what it names."
+            ) from error
+        state = running.wait_until_finish()
         if refused.exists():
             raise UserError(unfinished.read(refused, {"message": str})["message"])
+        if state != PipelineState.DONE:
+            raise UserError(f"{self._runner} has ended the pipeline as {state}: run the same command again to go on.")
         self._report(f"{self._runner} has {done} all parts")
 
 
@@ -98,6 +113,8 @@ def _options(runner: str, given: str) -> pipeline_options.PipelineOptions:
     except (ValueError, SystemExit) as error:  # of quotes that do not end, and of argparse
         why = said.getvalue().strip().rpartition("error: ")[2] or error
         raise UserError(f"beam_options={given!r} can't be read: {why}. Expected flags such as '--a=b --c'.") from error
+    if options.view_as(pipeline_options.StandardOptions).runner != runner:
+        raise UserError(f"beam_options={given!r} names another runner than --runner={runner}: leave it out there.")
     if runner in ("DirectRunner", "DataflowRunner"):
         wrong = [f"--{name}{nearest(name, known)}" for name in unknown]
         wrong += [repr(flag) for flag in flags if not flag.startswith("--")]

@@ -19,6 +19,8 @@ from lmboost.errors import UserError
 
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"})
 
+_LISTED: dict[str, dict] = {}  # what the last listing said of objects: to ask for each again would take its time
+
 
 def matches(pattern: str) -> list[str]:
     """The files that a glob matches, in order; a UserError where there are none, or a link leads nowhere."""
@@ -45,9 +47,11 @@ def _in_bucket(pattern: str) -> list[str]:
     places.find(pattern.partition("*")[0], "--source")  # the bucket is there, and what reads it
     with places.refusing("--source", pattern):
         store, name = fsspec.core.url_to_fs(pattern)
-        found = sorted(path for path, about in store.glob(name, detail=True).items() if about["type"] == "file")
+        listed = {path: about for path, about in store.glob(name, detail=True).items() if about["type"] == "file"}
+    found = sorted(listed)
     if not found:
         raise UserError(f"source={pattern!r} matches no object. Give a glob in quotes; '**' descends.")
+    _LISTED.update({places.SCHEME + path: listed[path] for path in found})
     return [places.SCHEME + path for path in found]
 
 
@@ -115,6 +119,8 @@ def stamp(path: str) -> tuple[int, int]:
 
 
 def _about(path: str) -> dict:
+    if path in _LISTED:
+        return _LISTED[path]
     store, name = fsspec.core.url_to_fs(path)
     return store.info(name)
 

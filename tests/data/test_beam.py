@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -28,6 +29,19 @@ def on_beam(out, source, **arguments):
     lines = []
     prepare_lib.prepare(out, [source], **arguments, runner="DirectRunner", report=lines.append)
     return lines
+
+
+def test_tallies_are_the_same_in_any_order_and_grouping():
+    tallies = []
+    for unit in range(6):
+        tallies.append(buckets.tally())
+        tallies[-1]["counts"]["train"] = unit
+        tallies[-1]["named"]["empty"] = [[unit, f"{unit}.{i}"] for i in range(unit % 3)]
+    whole = buckets.merged(tallies)
+    assert whole["named"]["empty"] == [[1, "1.0"], [2, "2.0"], [2, "2.1"]] and whole["counts"]["train"] == 15
+    for order in itertools.permutations(range(6)):
+        halves = [buckets.merged(tallies[i] for i in order[:4]), buckets.merged(tallies[i] for i in order[4:])]
+        assert buckets.merged(halves) == whole
 
 
 @beam
@@ -97,10 +111,21 @@ def test_what_was_wrong_is_told_by_one_error(tmp_path, corpus, texts, write, arg
         ("--direct_num_workers=x", "can't be read: argument --direct_num_workers: invalid int value: 'x'"),
         ("'", "can't be read: No closing quotation"),
         ("x", "'x' is no flag of DirectRunner"),
+        ("--runner=FlinkRunner", "names another runner than --runner=DirectRunner: leave it out"),
     ):
         with pytest.raises(UserError, match=message):
             on_beam(tmp_path / "flags", corpus, **arguments, beam_options=flags)
     assert not (tmp_path / "flags.partial").exists()
+
+
+@beam
+def test_a_pipeline_that_is_ended_from_outside_is_not_taken_for_done(tmp_path, corpus, arguments, monkeypatch):
+    from apache_beam.runners.portability.fn_api_runner import fn_runner
+
+    monkeypatch.setattr(fn_runner.RunnerResult, "wait_until_finish", lambda _: "CANCELLED")
+    with pytest.raises(UserError, match="DirectRunner has ended the pipeline as CANCELLED: run the same command again"):
+        on_beam(tmp_path / "data", corpus, **arguments)
+    assert not (tmp_path / "data.partial" / "spread" / "done.json").exists()
 
 
 @beam
