@@ -12,9 +12,9 @@ two fifths of the steps may be enough (--config.steps=2480); plain: none of thes
 models of half the depth, the smaller and the deeper one themselves. With ",tiny" (as in
 :guided,tiny) the same switches at a size that runs in seconds on a CPU.
 
-Measured at 0.1M and 0.4M parameters, not at this size (benchmarks/track/results): README.md has the table, what it
-rests on, and what other help there is. Any decoder takes the place of this one: the fields of `model`, and as many
-steps as it is to have; a run that begins with another's layers needs fewer.
+Measured at 0.1M and 0.4M parameters, not at this size (benchmarks/track/results): docs/methods/index.md has the table,
+what it rests on, and what other help there is. Any decoder takes the place of this one: the fields of `model`, and as
+many steps as it is to have; a run that begins with another's layers needs fewer.
 
 The optimizer is the one that plain runs of the track were best with: Muon, a rate that falls linearly to 0, b2 = 0.98,
 no weight decay (3B tokens are not many). Chosen here, and not tuned at this size: a peak of 4e-3, half of the track's;
