@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from lmboost.errors import EXIT_PREEMPTED, UserError
 from lmboost.objective import auto
-from lmboost.report_plot import BASELINE, COLOURS, INK
+from lmboost.report.plot import BASELINE, COLOURS, INK
 from lmboost.run import metrics
 
 # What a run's lines say of how much help there is, and how the figure calls it.
