@@ -194,16 +194,18 @@ def _send(local: pathlib.Path, path: epath.Path) -> None:
     store.put_file(os.fspath(local), name)
 
 
-def move(pairs: Iterable[tuple[os.PathLike, os.PathLike]]) -> None:
+def move(pairs: Iterable[tuple[pathlib.Path, pathlib.Path]]) -> None:
     """Gives files other names in the same file system or bucket; those that are gone by now have theirs already."""
 
-    def one(pair: tuple[os.PathLike, os.PathLike]) -> None:
-        source, target = map(epath.Path, pair)
-        if not is_remote(source) and source.is_file():
+    def one(pair: tuple[pathlib.Path, pathlib.Path]) -> None:
+        source, target = pair
+        if not source.is_file():
+            return
+        if is_remote(source):
+            (store, old), (_, new) = (fsspec.core.url_to_fs(os.fspath(path)) for path in pair)
+            store.mv(old, new)
+        else:
             os.replace(source, target)
-        elif source.exists():
-            store, name = fsspec.core.url_to_fs(os.fspath(source))
-            store.mv(name, store._strip_protocol(os.fspath(target)))
 
     pairs = list(pairs)
     if pairs and is_remote(pairs[0][0]):  # each is a request, or several

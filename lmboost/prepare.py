@@ -21,7 +21,7 @@ def main() -> None:
     )
     add = parser.add_argument
     sources = (
-        "a quoted glob ('**' descends) of text, code, lines of JSON or Parquet files, also compressed; "
+        "a quoted glob ('**' descends), also gs://, of text, code, lines of JSON or Parquet files, also compressed; "
         "tfds:NAME[/config][:version][?data_dir=...&split=train] or tfds:DIRECTORY; of the Hugging Face Hub "
         f"hub:USER/NAME[@revision][?config=...&split=train], or by name {', '.join(map('hub:{}'.format, hub.NAMES))}; "
         "or stdlib, the sources of Python's own library. May be given several times."
@@ -29,7 +29,11 @@ def main() -> None:
     add("--source", action="append", required=True, help=sources)
     tokenizers = "a SentencePiece .model, a tokenizer.json, a directory with one of them, or train:SIZE"
     add("--tokenizer", required=True, help=tokenizers)
-    add("--out", required=True, help="directory to make; DIR.partial holds unfinished work")
+    add(
+        "--out",
+        required=True,
+        help="directory to make, for a --runner also gs://...; beside it, OUT.partial holds unfinished work",
+    )
     add("--text_field", default="text", help="field with the text in JSONL, Parquet, TFDS (%(default)s)")
     add("--validation_fraction", type=float, default=0.01, help="share of documents in validation (%(default)s)")
     validation = (
@@ -56,7 +60,7 @@ def _prepare(out: str, runner: str, workers: int | None, **flags) -> None:
         raise UserError(f"workers={workers} are of this machine: leave it out, and give {runner}'s in --beam_options.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.ExitStack() as held:
-        if places.is_remote(out):
+        if places.is_remote(out) and runner != "local":
             from lmboost.run.lock import Lock  # which imports jax
 
             held.callback(Lock(f"{out}.partial", "--out").close)
