@@ -53,9 +53,9 @@ def convert(
 ) -> None:
     """Writes the model `source`, or the one that some of its layers make, as `out`.
 
-    Each is a run or checkpoint, or "hf:DIR"; `out` may be "gguf:FILE". A run can start from what is written, but for
-    that (init.path). The arguments are the flags of the verb, which say what they are; `report` receives lines that say
-    what went where.
+    Each is a run or checkpoint, or "hf:DIR", and a run can start from what is written (init.path); `out` may also be
+    "gguf:FILE", which is for others. The arguments are the flags of the verb, which say what they are; `report`
+    receives lines that say what went where.
 
     Raises:
       UserError: bad arguments, a model that one of the two sides cannot express, layers that are not the source's, a
