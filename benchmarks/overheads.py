@@ -8,6 +8,7 @@ median over rounds and the middle half. About 20 minutes on two CPU cores.
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from unittest import mock
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core is compared with a core
 
@@ -28,7 +30,7 @@ import tokenizers
 
 from benchmarks.reports import HOME
 from lmboost import config, optimizers, plan, sharding, train
-from lmboost.data import loader, prepare, sources, tokenizer
+from lmboost.data import fast_bpe, loader, prepare, sources, tokenizer
 from lmboost.data.retokenize import Retokenizer
 from lmboost.errors import count, run_flags
 from lmboost.train_step import init_state, jit_train_step
@@ -207,8 +209,12 @@ def main(rounds: int, result: str) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         made = make_tokenizers(where, documents)
         for library, path in made.items():
-            shares = preparing(where / library, path, documents, rounds)
+            with mock.patch.object(fast_bpe, "make", return_value=None):
+                shares = preparing(where / library, path, documents, rounds)
             add(f"speed of `prepare` over {library} alone, on a core", shares, "{:.0%}", "goal 90%")
+        if importlib.util.find_spec("fastokens"):
+            shares = preparing(where / "fastokens", made["tokenizers"], documents, rounds)
+            add("the same of `prepare` with fastokens over tokenizers", shares, "{:.0%}", "")
         data = where / "SentencePiece" / "data0"
         speeds = reading(data, rounds)
         add("tokens in batches that a core makes in a second", speeds, "{:.1f} million", "goal 2 million")
