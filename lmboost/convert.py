@@ -5,10 +5,10 @@
     python -m lmboost.convert --source=RUN_OR_CHECKPOINT_OR_hf:DIR --out=gguf:FILE [--dtype=bfloat16]
     python -m lmboost.convert --source=RUN_OR_CHECKPOINT_OR_hf:DIR --layers=0-5,8 --out=DIR
 
-Known: GPT-2, OPT, GPT-NeoX (Pythia), Llama (SmolLM2, OpenLLaMA, TinyLlama), Mistral, Qwen2, Qwen3, OLMo-2. A checkpoint
-made of a Hub directory has its tokenizer beside it, in DIR/tokenizer. A Hub directory needs no conversion to be a
-teacher, a start or evaluated: "hf:DIR" can stand wherever a checkpoint can. With --layers it is the model that some of
-the layers make, which nobody has trained yet; a run can take layers by itself, too (init.kind=inherit).
+Which families are known stands in docs/hub.md. A checkpoint made of a Hub directory has its tokenizer beside it, in
+DIR/tokenizer. A Hub directory needs no conversion to be a teacher, a start or evaluated: "hf:DIR" can stand wherever a
+checkpoint can. With --layers it is the model that some of the layers make, which nobody has trained yet; a run can take
+layers by itself, too (init.kind=inherit).
 
 A Hub directory has a model card of what the run's manifest says. --push sends it to the Hub, to a private repository
 that is not there yet or empty, in one commit; the token is the one in HF_TOKEN, or of `hf auth login`.

@@ -57,7 +57,7 @@ def find(path: str, field: str = "--workdir") -> epath.Path:
 
 def name_of(path: str) -> str:
     """The last part of a path, local or remote, also of "." and ".."."""
-    return epath.Path(path if "://" in path else os.path.abspath(os.path.expanduser(path))).name
+    return epath.Path(path if is_remote(path) else os.path.abspath(os.path.expanduser(path))).name
 
 
 def _check_readable(name: str, path: str, field: str) -> None:

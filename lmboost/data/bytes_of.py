@@ -37,12 +37,11 @@ class Pieces:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        table, unknown = (_of_sentencepiece if tokenizer.kind == "sentencepiece" else _of_tokenizer_json)(tokenizer)
-        self.table, self.unknown = table, unknown
-        self.lengths = np.array([len(piece) for piece in table], np.int64)
-        self._all, self._first = np.frombuffer(b"".join(table), np.uint8), np.cumsum(self.lengths) - self.lengths
+        of = _of_sentencepiece if tokenizer.kind == "sentencepiece" else _of_tokenizer_json
+        self.table, self.unknown, self.keeps = of(tokenizer)
+        self.lengths = np.array([len(piece) for piece in self.table], np.int64)
+        self._all, self._first = np.frombuffer(b"".join(self.table), np.uint8), np.cumsum(self.lengths) - self.lengths
         self.puts_space = self.join(tokenizer.encode("a")).startswith(b" ")
-        self.keeps = tokenizer.kind == "huggingface" and _keeps(_read(tokenizer))
 
     def join(self, ids: np.ndarray) -> bytes:
         """The bytes of a text."""
@@ -67,8 +66,8 @@ _LOADING = threading.Lock()
 _load = functools.lru_cache(maxsize=8)(lambda path: Pieces(tokenizers.load(path)))
 
 
-def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
-    """(bytes of each id, the id that stands for what has no token)."""
+def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[list[bytes], int | None, bool]:
+    """(bytes of each id, the id that stands for what has no token, `Pieces.keeps`)."""
     from sentencepiece import sentencepiece_model_pb2 as sentencepiece_model
 
     kinds = sentencepiece_model.ModelProto.SentencePiece
@@ -82,12 +81,12 @@ def _of_sentencepiece(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
     unknown = next((i for i, piece in enumerate(pieces) if piece.type == kinds.UNKNOWN), None)
     if unknown is not None:
         table[unknown] = UNKNOWN
-    return table, unknown
+    return table, unknown, False
 
 
-def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
+def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[list[bytes], int | None, bool]:
     """As above; of added tokens, which texts are searched for, the bytes are those of their content."""
-    file = _read(tokenizer)
+    file = strict_json.read(tokenizer.path, {"model": dict, "added_tokens?": [{"content": str}]}, "Download it again.")
     model, pieces = file["model"], tokenizer.pieces()
     kinds = {kind for part in ("normalizer", "pre_tokenizer", "decoder") for kind in _types(file.get(part))}
     marks = {name: model.get(name) for name in ("end_of_word_suffix", "continuing_subword_prefix") if model.get(name)}
@@ -116,11 +115,7 @@ def _of_tokenizer_json(tokenizer: Tokenizer) -> tuple[list[bytes], int | None]:
         unknown = pieces.index(model["unk_token"])
     if unknown is not None:
         table[unknown] = UNKNOWN
-    return table, unknown
-
-
-def _read(tokenizer: Tokenizer) -> dict[str, Any]:
-    return strict_json.read(tokenizer.path, {"model": dict, "added_tokens?": [{"content": str}]}, "Download it again.")
+    return table, unknown, _keeps(file)
 
 
 def _keeps(file: dict[str, Any]) -> bool:

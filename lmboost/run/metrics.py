@@ -12,7 +12,7 @@ from lmboost import places
 from lmboost.errors import UserError
 from lmboost.run import lines
 from lmboost.run.trackers import table
-from lmboost.run.trackers.background import Seen
+from lmboost.run.trackers.background import Line, Seen
 from lmboost.run.trackers.tracker import About
 
 FILE = "metrics.jsonl"
@@ -63,7 +63,10 @@ class Writers:
                 kept = read(directory) if resume_step else ()
                 count = lines.rewrite(path, (line for line in kept if line["step"] <= resume_step))
             self._lines = lines.Lines(path)
-            earlier = ((line["step"], _numbers(line)) for line in itertools.islice(read(directory), count))
+
+            def earlier() -> Iterator[Line]:  # each tracker reads for itself, in its thread
+                return ((line["step"], _numbers(line)) for line in itertools.islice(read(directory), count))
+
             self._trackers = table.open_all(trackers, about, directory, resume_step, ids, seen, earlier)
         except OSError as error:
             path = error.filename or path
@@ -74,8 +77,9 @@ class Writers:
         values = {k: getattr(v, "item", lambda v=v: v)() for k, v in values.items()}  # numpy and jax scalars
         if self._lines:
             self._lines.write({"step": int(step)} | values)
+        numbers = _numbers(values)
         for tracker in self._trackers:
-            tracker.write(int(step), _numbers(values))
+            tracker.write(int(step), numbers)
 
     def check(self) -> None:
         """See `lines.Appender.check`."""

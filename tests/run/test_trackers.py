@@ -100,6 +100,18 @@ def test_a_tracker_that_comes_later_is_given_what_was_before(tmp_path, kept):
     assert [number[1:] for number in kept.numbers] == list(a_run())
 
 
+def test_of_several_that_come_later_each_is_given_all_that_was_before(tmp_path, kept, monkeypatch):
+    def named(name):
+        return lambda about, directory, start, id="": kept(about, directory, start, id or name)
+
+    monkeypatch.setattr(table, "find", named)
+    many = [(step, "loss", step / 7) for step in range(1, 2000)]
+    write(tmp_path, many, names=())
+    write(tmp_path, [], start=1999, names=("mlflow", "trackio", "wandb"))
+    for name in ("mlflow", "trackio", "wandb"):
+        assert [number[1:] for number in kept.numbers if number[0] == name] == many
+
+
 def test_a_list_of_ids_that_is_damaged_is_named(tmp_path):
     (tmp_path / table.FILE).write_text('{"mlflow": 3}')
     with pytest.raises(UserError, match="trackers.json: mlflow is 3, expected a text. Mend it, or remove it"):

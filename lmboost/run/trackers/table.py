@@ -6,7 +6,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -85,7 +85,13 @@ class Ids:
 
 
 def open_all(
-    names: Sequence[str], about: About, directory: str, start: int, ids: Ids, seen: Seen, earlier: Iterable[Line]
+    names: Sequence[str],
+    about: About,
+    directory: str,
+    start: int,
+    ids: Ids,
+    seen: Seen,
+    earlier: Callable[[], Iterable[Line]],
 ) -> list[Tracker | Background]:
     """The trackers of a run that goes on from the step `start`; see `Tracker` for the other arguments.
 
@@ -100,7 +106,7 @@ def open_all(
         make = functools.partial(find(name), about, directory, start, id)
         if TRACKERS[name].waits:
             keep = functools.partial(ids.keep, name)
-            opened.append(Background(name, make, keep, **({"seen": seen} if id else {"earlier": earlier})))
+            opened.append(Background(name, make, keep, **({"seen": seen} if id else {"earlier": earlier()})))
         else:
             opened.append(make())
     return opened

@@ -20,6 +20,12 @@ class About:
     project: str = ""
     manifest: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def config(self) -> dict[str, Any]:
+        """The recipe's fields, and the rest of the manifest as one more, for trackers that keep a tree with a run."""
+        rest = {name: value for name, value in self.manifest.items() if name != "config"}
+        return {**self.manifest.get("config", {}), "manifest": rest}
+
 
 class Tracker(abc.ABC):
     """One run in a tracker. It may raise whatever its library does; `background` sees to it that no run ends by that.

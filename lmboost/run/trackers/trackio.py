@@ -13,11 +13,10 @@ class Trackio(Tracker):
 
     def __init__(self, about: About, directory: str, start: int, id: str = ""):
         self.id = id or f"{about.name}-{secrets.token_hex(4)}"
-        manifest = {name: value for name, value in about.manifest.items() if name != "config"}
         self._run = init(
             project=about.project,
             name=self.id,
-            config={**about.manifest.get("config", {}), "manifest": manifest},
+            config=about.config,
             resume="allow",
             embed=False,
             auto_log_gpu=False,

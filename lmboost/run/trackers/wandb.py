@@ -30,9 +30,7 @@ class Wandb(Tracker):
             dir=os.environ.get("WANDB_DIR") or directory,
             settings=Settings(console="off", silent=True, finish_timeout=_FINISH_SECONDS),
         )
-        manifest = {name: value for name, value in about.manifest.items() if name != "config"}
-        config = {**about.manifest.get("config", {}), "manifest": manifest}
-        self._run.config.update(config, allow_val_change=True)  # log.every and its like may change between starts
+        self._run.config.update(about.config, allow_val_change=True)  # log.every and its like may change between starts
         self.where = self._run.dir if self._run.offline else self._run.url
 
     @staticmethod
