@@ -24,8 +24,9 @@ for entry in "$home"/answers/*; do
     case "${0##*/} $*" in *"$word"*) ;; *) fits='' ;; esac
   done
   if [ "$fits" ]; then
-    turn=$(<"$entry/turn")
-    if [ -e "$entry/$((turn + 1)).status" ]; then echo $((turn + 1)) >"$entry/turn"; fi
+    turn=0  # the first that no other call has taken: of calls at once only one makes a file that must not exist
+    set -o noclobber
+    while [ -e "$entry/$((turn + 1)).status" ] && ! : 2>/dev/null >"$entry/$turn.taken"; do turn=$((turn + 1)); done
     printf '%s' "$(<"$entry/$turn.out")"
     printf '%s' "$(<"$entry/$turn.err")" >&2
     exit "$(<"$entry/$turn.status")"
@@ -59,7 +60,6 @@ class StandIns:
             directory = self.home / "answers" / f"{i:02}"
             directory.mkdir(parents=True)
             (directory / "words").write_text(words)
-            (directory / "turn").write_text("0")
             for turn, entry in enumerate(entries):
                 entry = {"out": entry} if isinstance(entry, str) else entry
                 for part, otherwise in (("out", ""), ("err", ""), ("status", 0)):
