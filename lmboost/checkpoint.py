@@ -417,5 +417,5 @@ PACKAGES = ("lmboost", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 
 def versions() -> dict[str, str]:
     """Installed versions of PACKAGES; "source" for a package that runs from a checkout."""
-    installed = {d.metadata["Name"].lower() for d in metadata.distributions() if d.metadata["Name"]}
-    return {p: metadata.version(p) if p in installed else "source" for p in PACKAGES}
+    found = {p: next(iter(metadata.distributions(name=p)), None) for p in PACKAGES}  # by name: all others stay unread
+    return {p: distribution.version if distribution else "source" for p, distribution in found.items()}

@@ -42,7 +42,9 @@ class Transformer(nn.Module):
         if c.position == "learned":
             rows = c.max_seq_len + c.position_offset
             self.position_embed = nn.Embed(rows, c.d_model, embedding_init=normal(c), dtype=c.dtype)
-        self.layers = self.param("layers", self._init_layers)
+        # Elsewhere `param` would trace this initialiser only to compare shapes, which each Block does with its own.
+        initialising = self.is_initializing()
+        self.layers = self.param("layers", self._init_layers) if initialising else self.get_variable("params", "layers")
         if c.final_norm:
             self.last_norm = Norm(c, name="final_norm")
         if not c.tie_embeddings:
