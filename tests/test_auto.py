@@ -70,7 +70,8 @@ BOTH = (*AUTO, "--config.objective.align.weight=0.5", "--config.objective.align.
 EACH = ("--config.checkpoint.every=1", "--config.checkpoint.keep=8")
 
 
-@pytest.mark.parametrize("around", [(0,), pytest.param((-1, 1), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("around", [(0,), (-1, 1)])
 def test_a_run_goes_on_exactly_wherever_its_help_ends(home, recipe, data, teacher, monkeypatch, around):
     arguments = (data, teacher, *BOTH, *EACH, "--config.objective.auto.smoothing=0")
     runs.run(recipe, home / "never", *arguments, "--config.objective.auto.end=-9")
@@ -106,6 +107,7 @@ def test_a_run_goes_on_exactly_wherever_its_help_ends(home, recipe, data, teache
         assert losses(part) == numbers
 
 
+@pytest.mark.slow
 def test_a_teacher_that_knows_nothing_is_let_go_at_once(home, recipe, data, teacher):
     state = runs.run(
         recipe, home / "random", data, teacher, "--config.teacher.random=true", "--config.objective.align.weight=2",

@@ -97,11 +97,10 @@ def test_no_array_of_all_logits_on_cpu(sizes, changes):
 @pytest.mark.parametrize(
     "sizes, attention, changes",
     [
-        ((8, 1, 1), "splash", {}),
         ((2, 2, 2), "splash", {}),
-        ((1, 8, 1), "xla", {}),
-        ((2, 2, 2), "splash", {"disk": True}),
-        ((2, 2, 2), "splash", {"other": True}),
+        pytest.param((8, 1, 1), "splash", {}, marks=pytest.mark.slow),
+        pytest.param((1, 8, 1), "xla", {}, marks=pytest.mark.slow),
+        *(pytest.param(sizes, "splash", changes, marks=pytest.mark.slow) for sizes, changes in OTHERS),
     ],
 )
 def test_no_array_of_all_logits_on_tpu(sizes, attention, changes):

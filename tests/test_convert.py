@@ -106,6 +106,7 @@ def test_there_and_back_it_is_a_checkpoint(home, workdir, published):
     assert (home / "again" / "model.safetensors").read_bytes() == (published / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_bfloat16_and_shards(home, published):
     convert.convert(f"hf:{published}", f"hf:{home / 'short'}", "bfloat16", max_shard_size=3e-5)
     assert len(list((home / "short").glob("model-*-of-*.safetensors"))) > 2

@@ -70,6 +70,7 @@ def test_a_helped_run_goes_on_to_the_same_end(expected, capsys):
     assert told["final"]["val_loss"] == last["val_loss"] and told["total"]["steps"] == 12
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_from_its_log(expected):
     before = lines("search/candidates.jsonl")
     flags = ["--config=recipe.py:search", "--workdir=search", "--config.init.path=teacher"]

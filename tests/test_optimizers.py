@@ -91,6 +91,7 @@ def gradients(config, count=4):
     return [layer_scaled(random_like(params(config), seed)) for seed in range(1, count + 1)]
 
 
+@pytest.mark.slow
 def test_adafactor_on_a_stack_is_adafactor_on_each_layer():
     """The oracle is optax.adafactor on every layer's kernels as matrices; it decays outside its learning rate."""
     c = optimizer(name="adafactor", weight_decay=0.0, clip_norm=0.0, learning_rate=0.5)

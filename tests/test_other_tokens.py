@@ -159,6 +159,7 @@ def test_tokens_without_a_place_in_the_teacher_s_row_are_not_guided():
     assert_close(found["model"], jax.jit(jax.grad(loss))(params["model"]), 2e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_accumulation_change_nothing():
     batch = with_teacher_rows(make_batch(8))
     more = lambda name: 8 if name in ("teacher_chunks", "teacher_index") or "teacher" not in name else 24  # noqa: E731
@@ -194,6 +195,7 @@ def test_a_run_with_every_help_of_other_tokens_goes_on_exactly(home, recipe, dat
     assert flops[0] > flops[2] > flops[-1], "candidates' rows, then kd and align, then none"
 
 
+@pytest.mark.slow
 def test_a_scorer_of_other_tokens_and_help_that_ends_itself(home, recipe, data, teacher, other):
     ends = ("kd.weight=0.5", "kd.stop=auto", "kd.handover=linear", "align.weight=0.5", "align.stop=auto", "auto.end=-9")
     chosen = ("select.candidates=2", "select.stop=1", f"select.scorer={other.partition('=')[2]}")

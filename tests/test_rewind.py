@@ -42,6 +42,7 @@ def rows(data, first, count=8):
     return windows.batch_of([source.rows[i] for i in range(first, first + count)], count, 32)["tokens"]
 
 
+@pytest.mark.slow
 def test_rows_of_a_loss_spike_are_left_out(tmp_path, recipe, data, first, read, capsys):
     again = [f"--config.resume.path={first}", "--config.resume.step=4", "--config.data.skip=5-6"]
     last = runs.run(recipe, tmp_path / "second", data, *again)

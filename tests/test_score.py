@@ -67,6 +67,7 @@ def test_a_run_by_draws_is_near_that_of_a_teacher_in_memory(tmp_path, recipe, da
     assert losses(tmp_path / "drawn") == pytest.approx(losses(tmp_path / "online"), rel=2e-2)
 
 
+@pytest.mark.slow
 def test_help_that_ends_by_itself_from_disk(tmp_path, recipe, data, teacher):
     """The lead is known in every step; help ends at the latest where the answers end."""
     auto = (
@@ -135,6 +136,7 @@ def start(arguments, devices):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_from_disk_goes_on_bitwise(tmp_path, recipe, data, said):
     """From its own checkpoint, also where the directory has moved, while states are read and when they are not."""
     shutil.copytree(said, tmp_path / "moved")
@@ -170,6 +172,7 @@ def test_what_the_answers_do_not_have_is_named(tmp_path, recipe, data, said, fla
     assert not (tmp_path / "run" / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_disk_does_not_go_on_with_a_model_in_memory(tmp_path, recipe, data, teacher, said):
     flags = (f"{recipe}:helped", tmp_path / "run", data, *HELPED)
     runs.run(*flags, f"--config.teacher.targets={said}")

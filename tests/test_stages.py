@@ -47,6 +47,7 @@ def helped(teacher) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_stage_with_nothing_changed_is_the_run_that_was_not_split(tmp_path, run, parent):
     assert_same(run(tmp_path / "second", *stage(parent[0], 4)), parent[1])
     assert numbers(tmp_path / "second") == numbers(parent[0])
@@ -85,7 +86,7 @@ def filled(home, parent, data):
     return fill
 
 
-@pytest.mark.parametrize("change", [*CHANGES, "all"])
+@pytest.mark.parametrize("change", ["all", *(pytest.param(change, marks=pytest.mark.slow) for change in CHANGES)])
 def test_a_stage_that_is_killed_goes_on_bit_for_bit(tmp_path, run, parent, filled, capsys, change):
     flags = filled(sum(CHANGES.values(), []) if change == "all" else CHANGES[change])
     state = run(tmp_path / "run", *stage(parent[0], 4, *flags))
@@ -118,6 +119,7 @@ def test_a_run_that_grows_with_the_help_of_what_it_was(tmp_path, run, parent, ca
     assert after[4] == pytest.approx(before[4], rel=1e-5) and after[8] < before[4]
 
 
+@pytest.mark.slow
 def test_tokens_flops_and_rows_count_on_through_a_chain(tmp_path, run, parent):
     run(tmp_path / "wide", *stage(parent[0], 4, "--config.batch_size=16", "--config.steps=6"))
     run(tmp_path / "long", *stage(tmp_path / "wide", -1, "--config.batch_size=16", "--config.seq_len=16"))
@@ -131,6 +133,7 @@ def test_tokens_flops_and_rows_count_on_through_a_chain(tmp_path, run, parent):
     assert sorted(tokens) == list(range(1, 9)) and all(np.diff([tokens[step] for step in sorted(tokens)]) > 0)
 
 
+@pytest.mark.slow
 def test_a_stage_that_has_begun_does_not_need_its_parent(tmp_path, run, parent):
     shutil.copytree(parent[0], tmp_path / "parent")
     flags = stage(tmp_path / "parent", 4, "--config.batch_size=16")
@@ -145,6 +148,7 @@ def test_a_stage_that_has_begun_does_not_need_its_parent(tmp_path, run, parent):
         run(tmp_path / "run", *flags)
 
 
+@pytest.mark.slow
 def test_maps_and_the_lead_of_another_teacher_begin_anew(tmp_path, run, parent, capsys):
     run(tmp_path / "first", *helped(parent[0]))
     capsys.readouterr()

@@ -41,6 +41,7 @@ def test_a_run_inherits_layers_and_goes_on_where_it_stopped(home, recipe, data, 
     assert "start: own checkpoint, step 8" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stacking_and_fresh_parts(home, recipe, data, reference):
     start = [f"--config.init.path={reference}", "--config.init.kind=stack", "--config.init.layers=0-1"]
     more = [DEPTH, "--config.init.fresh=head", "--config.optimizer.learning_rate=0"]
@@ -71,6 +72,7 @@ def manifest_of(directory):
     return checkpoint.Saved.find(str(directory)).manifest
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, reference):
     """Random parts, too, are those of a run with the same seed."""
     said = []
@@ -93,6 +95,7 @@ def test_a_checkpoint_of_layers_is_what_a_run_starts_with(home, recipe, data, re
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_all_layers_are_the_parent_and_it_stands_wherever_a_checkpoint_can(home, recipe, data, reference):
     convert.convert(reference, str(home / "whole"), layers="0-3", report=lambda _: None)
     assert_same(params_of(home / "whole"), params_of(reference))
@@ -118,6 +121,7 @@ def test_layers_of_a_hub_directory(tmp_path):
     assert_same(params_of(f"hf:{tmp_path / 'back'}"), child)
 
 
+@pytest.mark.slow
 def test_layers_in_another_dtype_with_a_part_at_random(tmp_path):
     """What is inherited is rounded once, what is drawn too."""
     params, out = hub.write(tmp_path / "hub", hub.LLAMA), str(tmp_path / "out")
@@ -131,6 +135,7 @@ def test_layers_in_another_dtype_with_a_part_at_random(tmp_path):
     assert np.abs(child["head"] - np.asarray(params["head"], "bfloat16")).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_layers_of_unequal_sizes(tmp_path):
     model = dataclasses.replace(hub.LLAMA, num_layers=4, layer_sizes="4/2/8/48,2*2/1/8/32,4/2/8/40").validate()
     params = hub.random_params(model)
@@ -200,6 +205,7 @@ def test_the_old_verbs_name_the_new_ones(old, new):
     assert f"python -m lmboost.{new} " in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_rounds_until_the_reference_is_met(tmp_path, recipe, data, reference):
     def until(target):
         workdir = tmp_path / f"grown{target}"

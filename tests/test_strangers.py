@@ -53,6 +53,7 @@ def write(path, content: bytes):
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @fuzz
 @given(harmed.files(ABOUT))
 def test_the_manifest_of_a_checkpoint(tmp_path, content):
@@ -63,6 +64,7 @@ def test_the_manifest_of_a_checkpoint(tmp_path, content):
         saved.model.num_params(), saved.data_or_own("x"), saved.tokenizer_fingerprint
 
 
+@pytest.mark.slow
 @fuzz
 @given(harmed.files(ABOUT))
 def test_the_manifest_of_a_run(tmp_path, content):
@@ -79,6 +81,7 @@ def test_the_position_of_a_checkpoint(tmp_path, content):
         checkpoint.read_json(tmp_path, "position")
 
 
+@pytest.mark.slow
 @fuzz
 @given(harmed.files(SEARCH), st.booleans())
 def test_the_files_of_a_search(tmp_path, content, lines_too):
@@ -104,6 +107,7 @@ def prepared(data):
     return pathlib.Path(data.partition("=")[2])
 
 
+@pytest.mark.slow
 @fuzz
 @given(st.data())
 def test_the_manifest_of_a_data_set(tmp_path, prepared, data):

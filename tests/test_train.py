@@ -123,7 +123,7 @@ def test_a_run_that_was_written_under_older_names_is_the_same(home, plain, recip
         runs.run(recipe, home / "older", data, "--config.init.from=x")
 
 
-@pytest.mark.parametrize("stop", [2, 5])
+@pytest.mark.parametrize("stop", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_it_goes_on_bitwise_from_where_it_stopped(stop, tmp_path, recipe, data, teacher, helped, monkeypatch):
     """Steps after the last checkpoint are done again. Stopped while the teacher helps, and after it."""
     profile = log.RunLog.profile
@@ -166,6 +166,7 @@ def test_ten_kills_leave_no_trace(tmp_path, recipe, data, teacher, helped):
     kill_and_restart(10, (4.0, 16.0), tmp_path, recipe, data, teacher, helped[1])
 
 
+@pytest.mark.slow
 def test_init_from_takes_parameters_and_resume_from_takes_all(home, recipe, data, plain, capsys):
     workdir, state = plain
     runs.run(recipe, home / "init", data, f"--config.init.path={workdir}", "--config.seed=7")
@@ -214,6 +215,7 @@ def test_sixteen_bits_and_a_tied_head_on_cpus(tmp_path, recipe, data):
     assert int(state.step) == 2 and not int(state.skipped)
 
 
+@pytest.mark.slow
 def test_a_full_disk_names_itself_and_spares_the_checkpoint_before(tmp_path, recipe, data):
     assert runs.run(recipe, tmp_path, data, "--config.steps=2") is not None
     # A limit on the size of a file stands for a full disk: the next checkpoint cannot be written.

@@ -42,6 +42,7 @@ def check(phase: dict) -> None:
     assert not {name: phase[name] for name in problems.PROBLEMS if phase[name]}
 
 
+@pytest.mark.slow
 def test_a_tiny_recipe_on_a_pod(tmp_path):
     report = compiled("configs/salt_2p8b.py:tiny", "v5e-8", tmp_path, "--disk")
     c = config.load_recipe("configs/salt_2p8b.py:tiny")
@@ -206,6 +207,7 @@ def test_a_teacher_of_other_tokens_reads_rows_of_its_own():
     assert f"tensor<{c.batch_size}x96xi32>" in text and f"tensor<{c.batch_size}x{c.seq_len}xi32>" in text
 
 
+@pytest.mark.slow
 def test_a_full_rematerialisation_is_seen(programs):
     assert programs["before"] == []
     assert programs["after"]

@@ -67,6 +67,7 @@ def out(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_of_the_track(out):
     teacher = one.run(TINY, arms.ARMS["auto"].teacher, 3, out)
     line = one.run(TINY, "auto", 3, out)
@@ -134,6 +135,7 @@ def test_only_what_was_read_before_counts_as_read():
         assert (batch["targets"][:, :-1] == batch["tokens"][:, 1:]).all()
 
 
+@pytest.mark.slow
 def test_a_shuffled_teacher_has_the_same_numbers_elsewhere(out):
     one.run(TINY, "teacher-fifth", 3, out)
     source = str(arms.workdir_of(out, "nano", "teacher-fifth", 3))

@@ -146,6 +146,7 @@ def verb(out, source, *flags):
 FLAGS = ["--tokenizer=train:320", "--validation_fraction=0.1", "--record_tokens=256", "--shards=3"]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, prepared, corpus):
     draw = random.Random(0)
     for _ in range(4):

@@ -106,6 +106,7 @@ def write_shards(unfinished, source, reach, parts, until):
     return unfinished.finish(counts, rows, within, about, 2.0)
 
 
+@pytest.mark.slow
 def test_answers_come_with_the_rows_that_they_are_of(tmp_path, prepared, second):
     """A mixture, several epochs of it, three shards a batch, in threads and in processes."""
     spec = f"{prepared}=0.75,{second}=0.25"

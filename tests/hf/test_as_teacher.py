@@ -23,7 +23,14 @@ from tests.hf.test_published import PUBLISHED
 from tests.test_train_step import make_batch
 
 # One published model of each family, with fewer and smaller layers.
-NAMES = ("gemma-2-2b", "gemma-3-4b, its text", "smollm3-3b", "olmo-3-7b", "phi-4-mini", "granite-3.1-2b", "falcon3-1b")
+NAMES = [
+    "gemma-3-4b, its text",
+    "granite-3.1-2b",
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("gemma-2-2b", "smollm3-3b", "olmo-3-7b", "phi-4-mini", "falcon3-1b")
+    ),
+]
 SIZES = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": hub.VOCAB, "max_position_embeddings": 64,

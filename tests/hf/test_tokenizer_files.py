@@ -76,6 +76,7 @@ def test_so_is_any_bpe(name, tmp_path):
             assert fast.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["as Llama's", "as SentencePiece's own defaults", "with unknown characters"])
 def test_so_is_unigram_but_for_ties(name, tmp_path):
     """Of 999 = 99 + 9 = 9 + 99 rounding chooses; nothing else differs, and seldom."""

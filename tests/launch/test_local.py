@@ -300,6 +300,7 @@ def test_a_hanging_process_and_what_it_started_are_killed(fake):
     assert not worker.exists() or "zombie" in worker.read_text()
 
 
+@pytest.mark.slow
 def test_a_hundred_restarts_leak_nothing(fake):
     status, _, _ = fake.run([[EXIT[75]] * 2] * 100 + [[EXIT[0]] * 2])
     assert status == 0 and fake.attempts() == 101

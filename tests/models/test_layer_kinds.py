@@ -128,6 +128,7 @@ def test_flops_count_windows_where_layers_have_them():
     assert flops.forward_flops(MIXED, 32, 4, vocabulary=False) == pytest.approx(sum(expected[:4]))
 
 
+@pytest.mark.slow
 def test_importance_is_measured_layer_by_layer():
     params = params_of(MIXED)
     found = importance.sums(MIXED, params, *batch())

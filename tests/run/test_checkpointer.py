@@ -164,6 +164,7 @@ def test_the_newest_are_kept_and_some_for_good(tmp_path, recipe, data):
     assert steps(tmp_path) == [3, 6, 7, 8]
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_beside_the_newest(tmp_path, recipe, data, capsys):
     """At a rate that is too high the loss rises from some step on."""
     flags = ("checkpoint.every=1", "checkpoint.keep=1", "checkpoint.keep_best=1", "eval.every=1")
@@ -181,6 +182,7 @@ def test_the_best_is_kept_beside_the_newest(tmp_path, recipe, data, capsys):
         runs.run(recipe, tmp_path, data, *flags, "--config.eval.every=8")
 
 
+@pytest.mark.slow
 def test_saves_by_the_clock(tmp_path, recipe, data):
     """Every step lasts longer than a nanosecond; no step is a multiple of 1,000."""
     flags = ("--config.checkpoint.every=1000", "--config.checkpoint.keep=9")

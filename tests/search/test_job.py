@@ -203,6 +203,7 @@ def test_a_search_that_was_written_under_older_names_goes_on(finished, parent, d
     assert run(parent, data, recipe, home / "older") == best
 
 
+@pytest.mark.slow
 def test_the_layers_of_a_hub_directory_are_searched(recipe, home, tmp_path):
     model = ModelConfig(
         vocab_size=hub.VOCAB, num_layers=3, d_model=32, num_heads=4, num_kv_heads=4, head_dim=8, mlp_dim=64,

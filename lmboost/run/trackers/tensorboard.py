@@ -1,18 +1,35 @@
 """TensorBoard: files in WORKDIR/tensorboard."""
 
+import contextlib
 import os
 import socket
 import struct
+import sys
 import time
-from collections.abc import Mapping
-
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.record_writer import masked_crc32c
+from collections.abc import Iterator, Mapping
 
 from lmboost.run import lines
 from lmboost.run.trackers.tracker import About, Tracker
+
+
+@contextlib.contextmanager
+def _absent(package: str) -> Iterator[None]:
+    """Within, the package is as if it were not installed, unless it has been imported before."""
+    hidden = package not in sys.modules
+    if hidden:
+        sys.modules[package] = None
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[package]
+
+
+with _absent("torch"):  # which tensorboardX would import to know tensors of it: seconds of every start, and none comes
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import masked_crc32c
 
 
 class TensorBoard(Tracker):
