@@ -7,6 +7,7 @@ workers, threads nor restarts change a batch.
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -330,10 +331,14 @@ class Loader:
             dataset = dataset.mp_prefetch(options, _begin_worker)
         iterator = iter(dataset)
         try:
-            for batch in iterator:  # copied: grain's workers hand over shared memory, which must not outlive them
-                yield {name: np.array(value) for name, value in batch.items()} if self._workers else batch
+            for batch in iterator:
+                if self._workers:  # they hand over shared memory, which is given back before the batch is passed on
+                    batch = {name: np.array(value) for name, value in batch.items()}
+                yield batch
         finally:
             iterator.close()
+            if self._workers:
+                gc.collect()  # grain's last exception, by its frames, holds itself and the last batch's shared memory
 
 
 def _begin_worker(*_: int) -> None:

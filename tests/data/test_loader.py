@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import shutil
+import subprocess
+import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,6 +17,7 @@ from lmboost.data import records
 from lmboost.data import tokenizer as tokenizer_lib
 from lmboost.data import windows as windows_lib
 from lmboost.errors import UserError
+from tests import runs
 
 KEYS = {"tokens", "targets", "segment_ids", "positions", "weights"}
 
@@ -162,6 +165,21 @@ def test_workers_and_threads_change_nothing(prepared):
         assert_equal(want, loader.batches(growing, 2, 12))
     want = loader_lib.Loader(str(prepared), "validation", 64, threads=0).eval_batches(4)
     assert_equal(want, loader_lib.Loader(str(prepared), "validation", 64, workers=2, threads=0).eval_batches(4))
+
+
+READ_ALL = """
+import sys, time
+from lmboost.data.loader import Loader
+print(sum(len(batch["tokens"]) for batch in Loader(sys.argv[1], "train", 64, workers=1).eval_batches(4, 5)))
+time.sleep(2)  # grain gives memory back in a thread
+"""
+
+
+def test_the_workers_memory_is_given_back(prepared):
+    command = [sys.executable, "-c", READ_ALL, str(prepared)]
+    found = subprocess.run(command, capture_output=True, text=True, env=runs.environment(1), timeout=120)
+    assert (found.returncode, found.stdout.strip()) == (0, "20"), found.stderr
+    assert "leaked" not in found.stderr, found.stderr
 
 
 def test_a_restart_at_any_step_goes_on_as_if_nothing_had_been(prepared, second):
