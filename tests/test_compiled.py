@@ -86,7 +86,9 @@ def topology_mesh(sizes):
     return sharding.make_mesh(*sizes, devices=devices)
 
 
-@pytest.mark.parametrize("sizes, changes", [((1, 1, 1), {}), ((2, 2, 2), {}), *OTHERS])
+@pytest.mark.parametrize(
+    "sizes, changes", [pytest.param((1, 1, 1), {}, marks=pytest.mark.slow), ((2, 2, 2), {}), *OTHERS]
+)
 def test_no_array_of_all_logits_on_cpu(sizes, changes):
     mesh = sharding.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     rows, tokens = 4 * sharding.batch_shards(mesh), 128

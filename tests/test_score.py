@@ -39,6 +39,7 @@ def contents(directory):
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_from_disk_is_that_of_a_teacher_in_memory(tmp_path, recipe, data, teacher):
     """All helps, kd by the teacher's best tokens: to the rounding of states in eight bits; the same rows are chosen."""
     top_k = "--config.objective.kd.top_k=8"

@@ -109,6 +109,7 @@ def test_all_layers_are_the_parent_and_it_stands_wherever_a_checkpoint_can(home,
     assert_same(params_of(home / "trained-on"), params_of(reference))
 
 
+@pytest.mark.slow
 def test_layers_of_a_hub_directory(tmp_path):
     params = hub.write(tmp_path / "hub", dataclasses.replace(hub.LLAMA, num_layers=3, vocab_multiple=8))
     convert.convert(f"hf:{tmp_path / 'hub'}", str(tmp_path / "out"), layers="0,2", report=lambda _: None)

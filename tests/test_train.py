@@ -310,6 +310,7 @@ def test_a_workdir_of_another_config_is_refused(recipe, data, plain):
         runs.run(recipe, plain[0], data, "--config.optimizer.learning_rate=0.02")
 
 
+@pytest.mark.slow
 def test_a_teacher_that_changed_is_refused(tmp_path, recipe, data, teacher):
     arguments = ("--config.model.num_layers=1", "--config.model.d_model=16")
     helper = tmp_path / "helper"

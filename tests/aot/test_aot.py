@@ -214,6 +214,7 @@ def test_a_full_rematerialisation_is_seen(programs):
     assert all("cannot go from sharding" in line for line in programs["after"])
 
 
+@pytest.mark.slow
 def test_logits_that_are_moved_are_seen(programs):
     assert programs["logits"]["logits"]
     assert not programs["head"]["logits"]
