@@ -47,10 +47,11 @@ hypothesis.settings.load_profile("lmboost")
 
 # Longest first, so that two workers end at about the same time; the others take seconds.
 LONGEST = (
-    "run/test_restarts.py", "run/test_faults.py", "test_hosts.py", "test_train.py", "test_train_step.py",
-    "search/test_job.py", "test_start.py", "surgery/test_init_subnet.py", "surgery/test_subnet.py",
-    "docs/test_commands.py", "test_notebooks.py", "test_stages.py", "test_compiled.py", "test_score.py",
-    "test_other_tokens.py", "test_strangers.py", "aot/test_aot.py", "benchmarks/test_track.py", "hf/test_as_teacher.py",
+    "aot/test_recipes.py", "run/test_restarts.py", "run/test_faults.py", "test_hosts.py", "test_train.py",
+    "test_train_step.py", "search/test_job.py", "test_start.py", "surgery/test_init_subnet.py",
+    "surgery/test_subnet.py", "docs/test_commands.py", "test_notebooks.py", "test_stages.py", "test_compiled.py",
+    "test_score.py", "test_other_tokens.py", "test_strangers.py", "aot/test_aot.py", "benchmarks/test_track.py",
+    "hf/test_as_teacher.py",
 )  # fmt: skip
 
 
