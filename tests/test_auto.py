@@ -72,10 +72,10 @@ EACH = ("--config.checkpoint.every=1", "--config.checkpoint.keep=8")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("around", [(0,), (-1, 1)])
-def test_a_run_goes_on_exactly_wherever_its_help_ends(home, recipe, data, teacher, monkeypatch, around):
+def test_a_run_goes_on_exactly_wherever_its_help_ends(tmp_path, recipe, data, teacher, monkeypatch, around):
     arguments = (data, teacher, *BOTH, *EACH, "--config.objective.auto.smoothing=0")
-    runs.run(recipe, home / "never", *arguments, "--config.objective.auto.end=-9")
-    leads = losses(home / "never", "lead")
+    runs.run(recipe, tmp_path / "never", *arguments, "--config.objective.auto.end=-9")
+    leads = losses(tmp_path / "never", "lead")
     ended = 4  # the lead is below that of all steps before for the first time after the fourth
     end = (leads[ended] + min(leads[step] for step in range(1, ended))) / 2
     assert end > leads[ended], leads
@@ -88,18 +88,18 @@ def test_a_run_goes_on_exactly_wherever_its_help_ends(home, recipe, data, teache
         return compiled(program, *rest)
 
     monkeypatch.setattr(train, "jit_train_step", spy)
-    whole = runs.run(recipe, home / "whole", *arguments)
+    whole = runs.run(recipe, tmp_path / "whole", *arguments)
     assert int(whole.watch.ended) == ended
     assert alive[frozenset({"kd", "align"})] > 0 and alive[frozenset()] == 0, "the teacher is freed"
-    weights = losses(home / "whole", "kd_weight")
+    weights = losses(tmp_path / "whole", "kd_weight")
     assert weights[1] == 0 and weights[ended] > 0 and weights[ended + 1] == 0 and ended + 2 not in weights
-    flops = np.diff([0, *losses(home / "whole", "flops").values()])
+    flops = np.diff([0, *losses(tmp_path / "whole", "flops").values()])
     assert np.ptp(flops[: ended + 1]) == np.ptp(flops[ended + 1 :]) == 0 and flops[0] > flops[-1]
 
-    numbers = {line["step"]: line["loss"] for line in lines(home / "whole") if "loss" in line}
+    numbers = {line["step"]: line["loss"] for line in lines(tmp_path / "whole") if "loss" in line}
     for stopped in (ended + apart for apart in around):
-        part = home / f"part{stopped}"
-        shutil.copytree(home / "whole", part)
+        part = tmp_path / f"part{stopped}"
+        shutil.copytree(tmp_path / "whole", part)
         for step in checkpoint.Run(part).steps():
             if step > stopped:
                 shutil.rmtree(part / "checkpoints" / str(step))
